@@ -1,0 +1,1 @@
+"""The evidence: plant known backdoors and measure (needs the `purify` extra)."""

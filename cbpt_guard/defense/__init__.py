@@ -1,0 +1,1 @@
+"""The method: read a suspect safely, invert its trigger, tune class-wise prompts (needs the `purify` extra)."""

@@ -1,0 +1,128 @@
+"""Found triggers: what inversion leaves, as frozen values that act on pixels in [0, 1]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cbpt_guard.defense.clip import FrozenClip, to_pixels
+from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.errors import InputError
+
+Family = Literal["additive", "masked"]
+
+
+@dataclass(frozen=True)
+class FoundTrigger:
+    """A trigger that inversion found toward class `target`.
+
+    additive: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern.
+    `pattern` (3, S, S) in pixels; `mask` (1, S, S) in [0, 1], None for the additive family.
+    """
+
+    family: Family
+    target: int
+    pattern: Tensor
+    mask: Tensor | None
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Triggered pixels (N, 3, S, S) of clean ones, both in [0, 1]; differentiable."""
+        if self.mask is None:
+            return (pixels + self.pattern).clamp(0, 1)
+        return torch.lerp(pixels, self.pattern, self.mask)
+
+    def rolled(self, down: int, right: int) -> FoundTrigger:
+        """The same trigger placed elsewhere, wrapping around."""
+        shift, dims = (down, right), (1, 2)
+        mask = None if self.mask is None else self.mask.roll(shift, dims)
+        return FoundTrigger(self.family, self.target, self.pattern.roll(shift, dims), mask)
+
+    @property
+    def area(self) -> float:
+        """The part of the image that the mask covers; 1 for the additive family."""
+        return 1.0 if self.mask is None else float(self.mask.mean())
+
+    def detached(self) -> FoundTrigger:
+        """The value alone, on the CPU, without the graph that made it."""
+        mask = None if self.mask is None else self.mask.detach().cpu()
+        return FoundTrigger(self.family, self.target, self.pattern.detach().cpu(), mask)
+
+    def to(self, device: torch.device) -> FoundTrigger:
+        """The same trigger on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return FoundTrigger(self.family, self.target, self.pattern.to(device), mask)
+
+
+@torch.no_grad()
+def encode(
+    clip: FrozenClip,
+    images: Tensor,
+    trigger: FoundTrigger | None = None,
+    *,
+    stage: str = "features",
+    progress: Progress = silent,
+    batch: int = 128,
+) -> Tensor:
+    """Unit features (N, E), on the CPU, of uint8 images (N, S, S, 3), clean or under a trigger."""
+    placed = None if trigger is None else trigger.to(clip.device)
+    parts: list[Tensor] = []
+    for number, part in enumerate(images.split(batch)):
+        pixels = to_pixels(part.to(clip.device))
+        parts.append(clip.encode_images(pixels if placed is None else placed.apply(pixels)).cpu())
+        progress(Step(stage, min(len(images), (number + 1) * batch), len(images)))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class TriggerBank:
+    """The found triggers, in the order in which they were found."""
+
+    triggers: tuple[FoundTrigger, ...]
+
+    def __iter__(self) -> Iterator[FoundTrigger]:
+        return iter(self.triggers)
+
+    def __len__(self) -> int:
+        return len(self.triggers)
+
+    def save(self, path: Path) -> None:
+        """Write `triggers.safetensors`."""
+        tensors, heads = {}, []
+        for number, trigger in enumerate(self.triggers):
+            heads.append({"family": trigger.family, "target": trigger.target})
+            tensors[f"{number}.pattern"] = trigger.pattern.contiguous()
+            if trigger.mask is not None:
+                tensors[f"{number}.mask"] = trigger.mask.contiguous()
+        save_file(tensors, path, {"triggers": json.dumps(heads)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TriggerBank:
+        """Read `triggers.safetensors`.
+
+        Raises:
+            InputError: the file is missing or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                return cls(
+                    tuple(
+                        FoundTrigger(
+                            head["family"],
+                            int(head["target"]),
+                            file.get_tensor(f"{number}.pattern"),
+                            file.get_tensor(f"{number}.mask") if f"{number}.mask" in names else None,
+                        )
+                        for number, head in enumerate(json.loads(file.metadata()["triggers"]))
+                    )
+                )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is no trigger bank of cbpt-guard: {error}") from error

@@ -1,0 +1,140 @@
+"""Heads: frozen text rows that turn image features into logits, and the rule that joins two of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cbpt_guard.errors import InputError
+
+Rule = Literal["switch", "prompts"]
+LEFT_OUT = -1e4
+"""The logit of a class that the rule leaves out: softmax gives it 0, and float16 still holds it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear zero-shot classifier: unit rows (C, E), the model's logit scale and bias."""
+
+    rows: Tensor
+    scale: float
+    bias: float = 0.0
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (N, C) of unit features (N, E)."""
+        return self.scale * features @ self.rows.T + self.bias
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Guarded logits (N, C), the rule's flag (N,) and the zero-shot logits (N, C)."""
+
+    logits: Tensor
+    triggered: Tensor
+    original: Tensor
+
+
+@dataclass(frozen=True)
+class TriggerTest:
+    """One linear test for each suspected class: does an image that answers it lie where its trigger puts images?
+
+    `directions` (C, E) and `thresholds` (C,); a class that is not suspected has a zero direction and an
+    infinite threshold, so that its images never fail the test.
+    """
+
+    directions: Tensor
+    thresholds: Tensor
+
+    @classmethod
+    def none(cls, classes: int, width: int) -> TriggerTest:
+        """The test that suspects nothing."""
+        return cls(torch.zeros(classes, width), torch.full((classes,), float("inf")))
+
+    def fires(self, features: Tensor, answer: Tensor) -> Tensor:
+        """The flag (N,) of unit features (N, E) whose zero-shot answers are `answer` (N,)."""
+        return (features * self.directions[answer]).sum(dim=1) > self.thresholds[answer]
+
+
+def apply_rule(original: Tensor, guarded: Tensor, triggered: Tensor, rule: Rule) -> Tensor:
+    """Join two heads' logits (N, C) by the rule into the guarded answer's logits.
+
+    `switch` answers a triggered image from the guarded head with the suspected class left out and any other
+    from the zero-shot head, untouched; `prompts`, the paper's rule, answers every image from the guarded head.
+    """
+    if rule == "prompts":
+        return guarded
+    classes = torch.arange(original.shape[1], device=original.device)
+    left_out = guarded.masked_fill(classes == original.argmax(dim=1)[:, None], LEFT_OUT)
+    return torch.where(triggered[:, None], left_out, original)
+
+
+@dataclass(frozen=True)
+class GuardedHead:
+    """Two heads over one embedding, the test for triggered images, and the rule that chooses between the heads."""
+
+    original: Head
+    guarded: Head
+    test: TriggerTest
+    classes: tuple[str, ...]
+    rule: Rule = "switch"
+
+    @property
+    def suspects(self) -> list[int]:
+        """Indices of the suspected target classes."""
+        return torch.isfinite(self.test.thresholds).nonzero().flatten().tolist()
+
+    def with_rule(self, rule: Rule) -> GuardedHead:
+        """The same heads under another rule."""
+        return replace(self, rule=rule)
+
+    def answer(self, features: Tensor) -> Answer:
+        """Answers for unit image features (N, E)."""
+        original = self.original.logits(features)
+        guarded = self.guarded.logits(features)
+        triggered = self.test.fires(features, original.argmax(dim=1))
+        return Answer(apply_rule(original, guarded, triggered, self.rule), triggered, original)
+
+    def save(self, path: Path) -> None:
+        """Write `heads.safetensors`."""
+        tensors = {
+            "original_rows": self.original.rows,
+            "guarded_rows": self.guarded.rows,
+            "directions": self.test.directions,
+            "thresholds": self.test.thresholds,
+            "scale": torch.tensor(self.original.scale, dtype=torch.float64),
+            "bias": torch.tensor(self.original.bias, dtype=torch.float64),
+        }
+        metadata = {"rule": self.rule, "classes": json.dumps(self.classes)}
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> GuardedHead:
+        """Read `heads.safetensors`.
+
+        Raises:
+            InputError: the file is missing or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                metadata = file.metadata()
+            scale, bias = float(tensors["scale"]), float(tensors["bias"])
+            rule: Rule = "prompts" if metadata["rule"] == "prompts" else "switch"
+            return cls(
+                Head(tensors["original_rows"], scale, bias),
+                Head(tensors["guarded_rows"], scale, bias),
+                TriggerTest(tensors["directions"], tensors["thresholds"]),
+                tuple(json.loads(metadata["classes"])),
+                rule,
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is no heads file of cbpt-guard: {error}") from error

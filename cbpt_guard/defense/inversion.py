@@ -1,0 +1,201 @@
+"""Contrastive trigger inversion: from a suspect and a few clean images to a bank of found triggers.
+
+Stage 1a looks for any universal change that pulls images away from their own class, and reads the target off
+the answers; stage 1b makes a trigger of each family for each candidate target. After arXiv 2502.19269 (the
+idea), arXiv 2406.05491 and 2506.12411 (contrastive universal perturbations) and Neural Cleanse (masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbpt_guard.defense.clip import FrozenClip, to_pixels
+from cbpt_guard.defense.found import Family, FoundTrigger
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.settings import InversionSettings
+
+Report = Callable[[int, int, float, float], None]
+"""Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
+
+
+@dataclass(frozen=True)
+class CleanSet:
+    """What inversion looks at: uint8 images (N, S, S, 3), their unit features (N, E) and labels (N,)."""
+
+    images: Tensor
+    features: Tensor
+    labels: Tensor
+
+    def draw(self, batch: int, generator: torch.Generator, without: int | None = None) -> Tensor:
+        """Indices (batch,) drawn with replacement, none of class `without`."""
+        pool = torch.arange(len(self.labels)) if without is None else (self.labels != without).nonzero()[:, 0]
+        return pool[torch.randint(len(pool), (batch,), generator=generator)]
+
+
+class Pattern:
+    """A trigger while it is being learnt: unbounded tensors that its family maps into pixel space.
+
+    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).
+    """
+
+    def __init__(self, family: Family, size: int, epsilon: float, generator: torch.Generator) -> None:
+        self.family = family
+        self.epsilon = epsilon
+        self.paint = (0.5 * torch.randn(3, size, size, generator=generator)).requires_grad_()
+        # a mask that starts at about a quarter everywhere lets gradients reach every place
+        self.mask = (0.1 * torch.randn(1, size, size, generator=generator) - 1).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser may change."""
+        return [self.paint] if self.family == "additive" else [self.paint, self.mask]
+
+    def value(self, target: int) -> FoundTrigger:
+        """The trigger as it stands, with its graph."""
+        if self.family == "additive":
+            return FoundTrigger("additive", target, self.epsilon * torch.tanh(self.paint), None)
+        return FoundTrigger("masked", target, torch.sigmoid(self.paint), torch.sigmoid(self.mask))
+
+
+def agnostic_loss(
+    found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings
+) -> Tensor:
+    """The contrastive loss of stage 1a, (); features (N, E) and rows (C, E) are unit.
+
+    Pulls each triggered feature from its own class's text towards the texts farthest from its clean feature,
+    makes triggered features alike (a universal trigger does) and moves them away from where they were.
+    """
+    k = min(8, max(1, rows.shape[0] // 4))
+    similarity = found @ rows.T / settings.temperature
+    far = (clean @ rows.T).topk(k, dim=1, largest=False).indices
+    positive = similarity.gather(1, far).logsumexp(dim=1)
+    negative = similarity.gather(1, labels[:, None])[:, 0]
+    contrast = F.logsigmoid(negative - positive).mean()
+    n = found.shape[0]
+    alike = ((found.sum(0) ** 2).sum() - n) / (n * (n - 1))
+    moved = ((found - clean) ** 2).sum(1).mean()
+    return contrast - settings.alike_weight * alike - settings.moved_weight * moved
+
+
+def invert_agnostic(
+    clip: FrozenClip,
+    clean: CleanSet,
+    rows: Tensor,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    report: Report,
+) -> FoundTrigger:
+    """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at."""
+    pattern = Pattern("additive", clip.image_size, settings.epsilon, generator)
+    optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
+    answers = torch.zeros(rows.shape[0])
+    for step in range(settings.agnostic_steps):
+        index = clean.draw(settings.agnostic_batch, generator)
+        pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
+        features = clip.encode_images(pixels.to(clip.device)).cpu()
+        loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
+        answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
+        report(step + 1, settings.agnostic_steps, loss.item(), float(answers.max()))
+    return pattern.value(int(answers.argmax())).detached()
+
+
+def invert_toward(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    target: int,
+    family: Family,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    report: Report,
+) -> FoundTrigger:
+    """Stage 1b: a trigger of one family that makes `head` answer `target` for images of other classes.
+
+    Cross-entropy toward the target; a mask also pays for its area, with a weight that a controller raises
+    while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step,
+    so that the trigger stands for a family and not for one pixel pattern.
+    """
+    steps = settings.additive_steps if family == "additive" else settings.masked_steps
+    pattern = Pattern(family, clip.image_size, settings.epsilon, generator)
+    optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
+    goal = torch.full((settings.batch,), target)
+    weight = asr = 0.0
+    for step in range(steps):
+        index = clean.draw(settings.batch, generator, without=target)
+        trigger = _varied(pattern.value(target), settings.shift, generator)
+        pixels = trigger.apply(to_pixels(clean.images[index]))
+        logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
+        loss = F.cross_entropy(logits, goal)
+        asr = 0.7 * asr + 0.3 * float((logits.argmax(1) == target).float().mean())
+        if trigger.mask is not None:
+            weight = (
+                min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
+            )
+            loss = loss + weight * trigger.mask.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        report(step + 1, steps, loss.item(), asr)
+    return pattern.value(target).detached()
+
+
+def _varied(trigger: FoundTrigger, shift: int, generator: torch.Generator) -> FoundTrigger:
+    down, right = (int(torch.randint(-shift, shift + 1, (1,), generator=generator)) for _ in range(2))
+    return trigger.rolled(down, right)
+
+
+def scan_targets(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    report: Report,
+) -> Tensor:
+    """A cheap look at every class: how readily an additive trigger makes it the answer, (C,), larger is readier.
+
+    Each class gets a pattern of its own and a few signed gradient steps on a few images; a batch holds
+    several classes. The score is the mean log-probability of the class at the end.
+    """
+    classes = head.rows.shape[0]
+    each = settings.scan_images
+    scores = torch.empty(classes)
+    for group in torch.arange(classes).split(max(1, settings.batch // each)):
+        targets = group.repeat_interleave(each)
+        patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
+        for _ in range(settings.scan_steps):
+            patterns.requires_grad_()
+            loss = _scan_loss(clip, clean, head, patterns, targets, generator)
+            (gradient,) = torch.autograd.grad(loss.mean(), patterns)
+            step = 2.5 * settings.epsilon / settings.scan_steps
+            patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
+        with torch.no_grad():
+            scores[group] = (
+                -_scan_loss(clip, clean, head, patterns, targets, generator).view(-1, each).mean(1)
+            )
+        report(int(group[-1]) + 1, classes, float(-scores[group].max()), float(scores[group].max().exp()))
+    return scores
+
+
+def _scan_loss(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    patterns: Tensor,
+    targets: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Cross-entropy (N,) toward each image's own target, under the pattern of that target."""
+    index = clean.draw(len(targets), generator)
+    each = len(targets) // len(patterns)
+    pixels = (to_pixels(clean.images[index]) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
+    logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
+    return F.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,86 @@
+"""Journal: the finished parts of a run, kept so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.errors import InputError
+from cbpt_guard.files import write_text
+
+FOLDER = "journal"
+_KEY = "key.json"
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for each purpose, so that skipping one part leaves the others' draws as they were."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Journal:
+    """Parts by name in one folder; a part that is there is read, one that is not is made and written.
+
+    Args:
+        folder: the run's unfinished directory.
+        key: everything that the parts depend on.
+
+    Raises:
+        InputError: the folder holds the parts of another job.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self._folder = folder / FOLDER
+        self._folder.mkdir(exist_ok=True)
+        path, text = self._folder / _KEY, json.dumps(key, sort_keys=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"{folder} was begun with {_difference(path, key)}; start over without `--resume`"
+            )
+        write_text(path, text)
+
+    def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that name, made once."""
+        path = self._folder / f"{name}.safetensors"
+        if path.exists():
+            return _load(path)["tensor"]
+        made = make()
+        self._keep(path, lambda temporary: save_file({"tensor": made.contiguous()}, temporary))
+        return made
+
+    def trigger(self, name: str, make: Callable[[], FoundTrigger]) -> FoundTrigger:
+        """The found trigger of that name, made once."""
+        path = self._folder / f"{name}.safetensors"
+        if path.exists():
+            return TriggerBank.load(path).triggers[0]
+        made = make()
+        self._keep(path, TriggerBank((made,)).save)
+        return made
+
+    @staticmethod
+    def _keep(path: Path, save: Callable[[Path], None]) -> None:
+        temporary = path.with_suffix(".new")
+        save(temporary)
+        temporary.replace(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); start over without `--resume`") from error
+
+
+def _difference(path: Path, key: Mapping[str, Any]) -> str:
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(key))
+    return "another " + ", ".join(sorted(name for name in now if before.get(name) != now[name]) or ["format"])

@@ -1,0 +1,49 @@
+"""Observed attack images: what a team that was attacked can add to the search and to the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cbpt_guard.defense.head import Head
+from cbpt_guard.errors import InputError
+
+_CLEAR_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Features (K, E) of observed attack images by the target they answer: one half to fit on, one to judge by."""
+
+    fitting: dict[int, Tensor] = field(default_factory=dict)
+    judging: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[int]:
+        """Targets that the images show."""
+        return list(self.fitting)
+
+
+def observe(features: Tensor | None, original: Head) -> Observed:
+    """Sort observed attack images by their zero-shot answers; answers of fewer than a tenth are no target.
+
+    Raises:
+        InputError: fewer than two images, or no answer that a tenth of them share.
+    """
+    if features is None:
+        return Observed()
+    answers = original.logits(features).argmax(1)
+    counts = answers.bincount()
+    targets = [
+        int(c) for c in counts.argsort(descending=True) if counts[c] >= max(2, _CLEAR_SHARE * len(features))
+    ]
+    if not targets:
+        raise InputError(
+            f"the {len(features)} observed attack images share no answer; they need two or more that succeeded"
+        )
+    by_target = {target: features[answers == target] for target in targets}
+    return Observed(
+        {target: images[::2] for target, images in by_target.items()},
+        {target: images[1::2] for target, images in by_target.items()},
+    )

@@ -1,0 +1,229 @@
+"""Pickles inside a checkpoint: what they ask for is listed before anything is loaded, and by name alone."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from cbpt_guard.errors import CheckpointError, UnsafeError
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+_WHOLE = ("int64", "int32", "int16", "int8", "uint8", "bool")
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "ComplexFloat", "ComplexDouble", "Untyped")
+_WHOLE_STORAGES = ("Long", "Int", "Short", "Char", "Byte", "Bool")
+
+TENSORS = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch.nn.parameter.Parameter",
+        "torch.storage.UntypedStorage",
+        "torch.Size",
+        "torch.device",
+        "_codecs.encode",
+        "builtins.set",
+        "builtins.complex",
+        "builtins.bytearray",
+    }
+    | {f"torch.{name}" for name in (*_DTYPES, *_WHOLE)}
+    | {f"torch.{name}Storage" for name in (*_STORAGES, *_WHOLE_STORAGES)}
+)
+"""Globals of plain tensors; torch's restricted unpickler knows each of them."""
+
+BYSTANDERS = frozenset(
+    {
+        "argparse.Namespace",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "torch.torch_version.TorchVersion",
+    }
+    | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    | {
+        f"numpy.dtypes.{kind}DType"
+        for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Bool", "Str")
+    }
+)
+"""What training scripts keep beside the weights (arguments, learning rates): read past, never constructed."""
+
+UNSUPPORTED = {
+    "torch._utils._rebuild_sparse_tensor": "sparse tensors",
+    "torch.serialization._get_layout": "sparse tensors",
+    "torch._utils._rebuild_qtensor": "quantized tensors",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta tensors, which hold no values",
+    "torch._utils._rebuild_nested_tensor": "nested tensors",
+    "torch._utils._rebuild_wrapper_subclass": "tensor subclasses",
+    "torch._utils._rebuild_device_tensor_from_numpy": "tensors of a foreign device",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "tensors of a foreign device",
+    "torch._tensor._rebuild_from_type_v2": "tensors with Python attributes",
+    **{
+        f"torch.{kind}Storage": "quantized tensors"
+        for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")
+    },
+    **{f"torch.per_{part}": "quantized tensors" for part in ("tensor_affine", "channel_affine")},
+}
+"""Harmless, but not a weight: the reason is told by name."""
+
+_CODE_OPCODES = frozenset({"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"})
+_GLOBAL = re.compile(r"[\w.<>-]+")
+_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_TORCH_REASON = (
+    "WeightsUnpickler error:"  # what stands before it in torch's message is advice to switch it off
+)
+_LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; raw storages follow
+_NESTED_ARCHIVES = 3
+
+
+@dataclass
+class Findings:
+    """What the pickles of a file ask for: dotted globals, and opcodes that only code-running pickles need.
+
+    `broken` tells that a stream ended early or is none.
+    """
+
+    globals: set[str] = field(default_factory=set)
+    opcodes: set[str] = field(default_factory=set)
+    broken: bool = False
+
+
+class _Bystander:
+    """Stands in for an allow-listed class that is no tensor: takes anything, keeps nothing."""
+
+    def __new__(cls, *_: object) -> _Bystander:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def scan(path: Path) -> Findings:
+    """List what the pickles in a file ask for, loading none; a stream is listed as far as it goes."""
+    found = Findings()
+    with path.open("rb") as file:
+        for stream in _streams(file):
+            _list_requests(stream, found)
+    return found
+
+
+def refuse_code(found: Findings, also: frozenset[str] = frozenset()) -> None:
+    """Raise when a pickle asks for more than plain tensors.
+
+    Raises:
+        UnsafeError: a global outside the allow-lists and `also`, or an opcode that would run code.
+        CheckpointError: a harmless global that stands for unsupported tensors.
+    """
+    asked = found.globals - TENSORS - BYSTANDERS - also - set(UNSUPPORTED)
+    if asked or found.opcodes:
+        names = [*sorted(asked), *(f"opcode {name}" for name in sorted(found.opcodes))]
+        raise UnsafeError(
+            f"refused, nothing was run: its pickle asks for {_shorten(names)}, which plain tensors never do. "
+            "If you trust its origin, save `model.state_dict()` there (best as .safetensors) and use that"
+        )
+    for name in sorted(found.globals & set(UNSUPPORTED)):
+        raise CheckpointError(f"it holds {UNSUPPORTED[name]} ({name}); save plain dense tensors")
+
+
+def load(path: Path) -> object:
+    """`torch.load(weights_only=True)` of a scanned file, with bystanders replaced by empty stand-ins.
+
+    Raises:
+        UnsafeError: torch's restricted unpickler met a global that it refuses.
+        CheckpointError: the file is damaged.
+    """
+    stand_ins = cast("list[object]", [(_Bystander, name) for name in sorted(BYSTANDERS)])
+    try:
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = excerpt(str(error).partition(_TORCH_REASON)[2].partition("\n")[0].strip() or str(error))
+        if "GLOBAL" in reason:
+            raise UnsafeError(f"refused, nothing was run: {reason}") from error
+        raise CheckpointError(f"its pickle is damaged or of an unsupported protocol: {reason}") from error
+
+
+def _streams(file: BinaryIO, depth: int = 0) -> Iterator[BinaryIO]:
+    """Each pickle stream of a zip archive (also of archives inside it), or of a legacy file."""
+    if file.read(4) != b"PK\x03\x04":
+        file.seek(0)
+        for _ in range(1 if depth else _LEGACY_PICKLES):
+            yield file
+        return
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"its zip archive is truncated or damaged ({error})") from error
+    for entry in archive.infolist():
+        if "/code/" in entry.filename:  # TorchScript's source text: never read
+            continue
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"entry {excerpt(entry.filename)} is compressed, as torch never does; save it again"
+            )
+        with archive.open(entry) as inner:
+            nested = depth < _NESTED_ARCHIVES and inner.read(4) == b"PK\x03\x04"
+        if nested or entry.filename.endswith(".pkl"):
+            yield from _streams(io.BytesIO(archive.read(entry)), depth + 1)
+
+
+def _list_requests(stream: BinaryIO, found: Findings) -> None:
+    texts: list[str | None] = [None, None]  # the two newest values, where they are strings
+    memo: dict[int, str | None] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            name = opcode.name
+            if name in _GETS:
+                texts = [texts[1], memo.get(cast(int, argument))]
+            elif name in _PUTS or name == "MEMOIZE":
+                memo[len(memo) if argument is None else cast(int, argument)] = texts[1]
+            elif isinstance(argument, str) and name not in ("GLOBAL", "INST", "PERSID"):
+                texts = [texts[1], argument]
+            elif name not in ("PROTO", "FRAME"):
+                _note(name, argument, texts, found)
+                texts = [None, None]
+    except (ValueError, IndexError, EOFError, UnicodeDecodeError):
+        found.broken = True
+        stream.seek(0, io.SEEK_END)  # what follows a broken stream is no pickle
+
+
+def _note(name: str, argument: object, texts: list[str | None], found: Findings) -> None:
+    if name in _CODE_OPCODES:
+        found.opcodes.add(name)
+    if name in ("GLOBAL", "INST"):
+        module, _, attribute = str(argument).partition(" ")
+    elif name == "STACK_GLOBAL":
+        if texts[0] is None or texts[1] is None:
+            found.opcodes.add("STACK_GLOBAL with a computed name")
+            return
+        module, attribute = texts[0], texts[1]
+    else:
+        return
+    module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
+    if _GLOBAL.fullmatch(f"{module}.{attribute}"):  # else it is no pickle but text that looks like one
+        found.globals.add(f"{module}.{attribute}")
+
+
+def _shorten(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(excerpt(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def excerpt(text: str, length: int = 160) -> str:
+    """Text from a hostile file, safe for a terminal."""
+    return ascii(text[:length])[1:-1]

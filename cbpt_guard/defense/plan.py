@@ -1,0 +1,133 @@
+"""What a run would do and cost, measured by doing a little of it (`purify --dry-run`)."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from cbpt_guard.defense.data import split
+from cbpt_guard.defense.found import encode
+from cbpt_guard.defense.inversion import CleanSet, invert_agnostic
+from cbpt_guard.defense.job import Job, Prepared, prepare
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.progress import Progress, silent
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.verdict import check_accuracy
+from cbpt_guard.files import check_output
+
+_TRIGGERS = 3  # masked, additive and agnostic toward one suspect, the usual bank
+
+
+class Plan(BaseModel):
+    """A run's inputs and its expected cost for one suspected class; memory in MB, times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    resolved: dict[str, str]
+    classes: int
+    images: int
+    held_out: int
+    skipped: int
+    output: str
+    seconds: dict[str, float]
+    memory_mb: int
+
+    def describe(self) -> str:
+        """For people."""
+        rows = [
+            f"model: {self.architecture}",
+            *(f"  {what}: {how}" for what, how in self.resolved.items()),
+            f"data: {self.images} images of {self.classes} classes, {self.held_out} of them held out",
+            f"would write: {self.output}",
+            f"expected: {sum(self.seconds.values()) / 60:.1f} minutes, {self.memory_mb} MB",
+            *(f"  {stage}: {seconds:.0f} s" for stage, seconds in self.seconds.items()),
+        ]
+        return "\n".join(rows) + "\n"
+
+
+def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silent) -> Plan:
+    """Check a job as `purify` would, time a few batches, and multiply; raises as `purify` does."""
+    check_output(out, force)
+    prepared = prepare(job, progress)
+    data, settings = prepared.data, job.settings
+    kept, held = split(data.labels, settings.tuning.held_out, job.seed)
+    forward, backward, text = _measure(prepared)
+    return Plan(
+        architecture=prepared.suspect.record.architecture,
+        resolved=prepared.suspect.record.resolved,
+        classes=len(data.classes),
+        images=len(data.labels),
+        held_out=len(held),
+        skipped=len(data.skipped),
+        output=str(out),
+        seconds=_expected(settings, len(kept), len(held), forward, backward, text),
+        memory_mb=_memory_mb(prepared),
+    )
+
+
+def _measure(prepared: Prepared) -> tuple[float, float, float]:
+    """Seconds per image forward, per image forward and backward, and per step of prompt tuning."""
+    clip, data, settings = prepared.suspect.clip, prepared.data, prepared.job.settings
+    few = data.images[torch.linspace(0, len(data.images) - 1, min(len(data.images), 128)).long()]
+    features, forward = _timed(lambda: encode(clip, few))
+    check_accuracy(prepared.original, encode(clip, data.images), data)
+    batch = settings.inversion.agnostic_batch
+    brief = settings.inversion.model_copy(update={"agnostic_steps": 2})
+    clean = CleanSet(few, features, torch.zeros(len(few), dtype=torch.long))
+    _, backward = _timed(
+        lambda: invert_agnostic(clip, clean, prepared.original.rows, brief, generator(0, "plan"), _ignore)
+    )
+    prompts = ClassPrompts(
+        clip, list(data.classes), prepared.job.template, data.labels.unique(), settings.tuning.chunk
+    )
+    _, text = _timed(lambda: prompts.backward(torch.zeros_like(prompts.rows())))
+    return forward / len(few), backward / (2 * batch), text
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The second of two runs: the first pays for warming up."""
+    work()
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def _expected(
+    settings: Settings, kept: int, held: int, forward: float, backward: float, text: float
+) -> dict[str, float]:
+    stage1, stage2 = settings.inversion, settings.tuning
+    steps = stage2.epochs * math.ceil(kept / stage2.batch)
+    masked = stage1.masked_steps * stage1.batch * backward
+    return {
+        "features": (kept + held) * forward,
+        "stage 1: inversion": stage1.agnostic_steps * stage1.agnostic_batch * backward
+        + (1 + stage1.references) * masked
+        + stage1.additive_steps * stage1.batch * backward,
+        "features under found triggers": _TRIGGERS * (kept + held) * forward,
+        "stage 2: prompts": steps * text,
+        "verdict": 2 * masked + 2 * (held or kept) * forward,
+    }
+
+
+def _memory_mb(prepared: Prepared) -> int:
+    """The peak so far, which includes a step of inversion, and the features still to come."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    width = prepared.original.rows.shape[1]
+    features = 4 * (2 + _TRIGGERS) * len(prepared.data.labels) * width
+    return math.ceil((peak + features) / 2**20)
+
+
+def _ignore(step: int, steps: int, loss: float, asr: float) -> None:
+    pass

@@ -1,0 +1,129 @@
+"""What a run writes down about itself: `run.json` and `metrics.json` as frozen values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cbpt_guard.images import Preprocess
+from cbpt_guard.manifest import RuleName, Suspect, VerdictName
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecord(_Frozen):
+    """The suspect: where it came from, what it is, and how each thing that a file cannot tell was resolved."""
+
+    source: str
+    source_sha256: str
+    form: str
+    architecture: str
+    config: dict[str, Any]
+    preprocess: Preprocess
+    quickgelu: bool
+    tokenizer: str
+    resolved: dict[str, str]
+    notes: tuple[str, ...]
+
+
+class DataRecord(_Frozen):
+    """The clean images: how many of each class were tuned on and held out, and what was left out."""
+
+    shots: dict[str, int]
+    held_out: int
+    without_images: tuple[str, ...]
+    skipped: tuple[str, ...]
+    triggered_images: int
+
+
+class Candidate(_Frozen):
+    """A possible target: its share of the answers under the agnostic trigger and on clean images.
+
+    `area` is the part of the image that its masked trigger needs; `score` is what `stands_out` compares.
+    """
+
+    label: str
+    index: int
+    share: float
+    share_clean: float
+    area: float
+    score: float
+    stands_out: bool
+
+
+class Verdict(_Frozen):
+    """What may be said of the run, and why."""
+
+    name: VerdictName
+    reasons: tuple[str, ...]
+
+
+class RunRecord(_Frozen):
+    """`run.json`."""
+
+    format: Literal[1] = 1
+    cbpt_guard: str
+    created: str
+    seed: int
+    template: str
+    rule: RuleName
+    settings: dict[str, Any]
+    model: ModelRecord
+    data: DataRecord
+    candidates: tuple[Candidate, ...]
+    suspects: tuple[Suspect, ...]
+    verdict: Verdict
+    warnings: tuple[str, ...]
+    epoch: int
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+Origin = Literal["found", "fresh", "observed"]
+
+
+class TriggerMetrics(_Frozen):
+    """ASR and PA on held-out images under one trigger; shares in [0, 1].
+
+    `origin`: `found` (the bank), `fresh` (inverted against the guard with another seed) or `observed`, whose
+    images bear no labels: then ASR is the share that answers the target, and PA is unknown.
+    """
+
+    origin: Origin
+    family: str
+    target: str
+    images: int
+    asr_before: float
+    asr_after: float
+    asr_prompts: float
+    pa_before: float | None
+    pa_after: float | None
+    pa_prompts: float | None
+
+
+class ClassMetrics(_Frozen):
+    """Clean recall of one class on held-out images; None where no image was held out."""
+
+    label: str
+    images: int
+    before: float | None
+    after: float | None
+    after_prompts: float | None
+
+
+class RunMetrics(_Frozen):
+    """`metrics.json`: before and after, on `images` held-out images; `prompts` is the paper's rule beside the run's."""
+
+    format: Literal[1] = 1
+    images: int
+    held_out: bool
+    clean_accuracy_before: float
+    clean_accuracy_after: float
+    clean_accuracy_prompts: float
+    flagged_clean: float
+    flagged_found: float | None
+    triggers: tuple[TriggerMetrics, ...]
+    classes: tuple[ClassMetrics, ...]

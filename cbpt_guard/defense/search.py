@@ -1,0 +1,196 @@
+"""Stage 1 as a recipe: which classes may be targets, and a bank of found triggers toward them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.inversion import CleanSet, Report, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.progress import Progress, Step
+from cbpt_guard.defense.record import Candidate
+from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.errors import InputError
+
+_PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What stage 1 found: a bank of triggers, and the candidates, the likeliest first."""
+
+    bank: TriggerBank
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def suspects(self) -> list[int]:
+        """Targets that stand out."""
+        return [candidate.index for candidate in self.candidates if candidate.stands_out]
+
+
+class Search:
+    """One search through one suspect; every found trigger goes through the journal.
+
+    Args:
+        clip: the suspect.
+        clean: images to tune on, with their features.
+        head: its zero-shot head.
+        classes: C class names.
+    """
+
+    def __init__(
+        self,
+        clip: FrozenClip,
+        clean: CleanSet,
+        head: Head,
+        classes: Sequence[str],
+        settings: InversionSettings,
+        seed: int,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self._clip, self._clean, self._head = clip, clean, head
+        self.classes, self._settings, self._seed = classes, settings, seed
+        self._journal, self._progress = journal, progress
+        order = torch.randperm(len(clean.labels), generator=generator(seed, "probe"))
+        self._probe = order[:_PROBE]
+
+    def run(self, observed: Sequence[int] = ()) -> Findings:
+        """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
+        agnostic = self._journal.trigger("agnostic", self._agnostic)
+        share_clean = self.shares(None)
+        share = self.shares(agnostic)
+        growth = share - share_clean
+        ranking = self._ranking(growth)
+        chosen = list(dict.fromkeys([*observed, *self._chosen(growth, ranking)]))
+        references = [c for c in ranking[len(ranking) // 2 :] if c not in chosen][: self._settings.references]
+        masked = {c: self.toward(c, "masked") for c in [*chosen, *references]}
+        reference = median([self._needed_area(masked[c]) for c in references] or [1.0])
+        candidates = []
+        for c in chosen:
+            area = self._needed_area(masked[c])
+            score = reference / area
+            candidates.append(
+                Candidate(
+                    label=self.classes[c],
+                    index=c,
+                    share=float(share[c]),
+                    share_clean=float(share_clean[c]),
+                    area=area,
+                    score=score,
+                    stands_out=c in observed or score >= self._settings.stands_out,
+                )
+            )
+        candidates.sort(key=lambda item: (not item.stands_out, -item.score))
+        targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
+        return Findings(self._bank(targets, masked, agnostic), tuple(candidates))
+
+    def toward(
+        self, target: int, family: Family, head: Head | None = None, purpose: str = ""
+    ) -> FoundTrigger:
+        """A trigger toward `target`; `purpose` gives it draws and a place in the journal of its own."""
+        name = f"{family}-{target}{purpose}"
+        return self._journal.trigger(
+            name,
+            lambda: invert_toward(
+                self._clip,
+                self._clean,
+                head or self._head,
+                target,
+                family,
+                self._settings,
+                generator(self._seed, name),
+                self._report(f"{family} trigger toward {self.classes[target]}{purpose}"),
+            ),
+        )
+
+    def _bank(
+        self, targets: Sequence[int], masked: dict[int, FoundTrigger], agnostic: FoundTrigger
+    ) -> TriggerBank:
+        triggers = [trigger for c in targets for trigger in (masked[c], self.toward(c, "additive"))]
+        return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
+
+    def _agnostic(self) -> FoundTrigger:
+        draws, report = generator(self._seed, "agnostic"), self._report("agnostic trigger")
+        return invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report)
+
+    def _ranking(self, growth: Tensor) -> list[int]:
+        """All classes, the likeliest target first: by share, and by a scan of every class where shares are flat."""
+        if float(growth.max()) >= self._settings.flat_share:
+            return growth.argsort(descending=True, stable=True).tolist()
+        draws, report = generator(self._seed, "scan"), self._report("scan of every class")
+        scores = self._journal.tensor(
+            "scan", lambda: scan_targets(self._clip, self._clean, self._head, self._settings, draws, report)
+        )
+        return scores.argsort(descending=True, stable=True).tolist()
+
+    def _chosen(self, growth: Tensor, ranking: list[int]) -> list[int]:
+        """Candidates: the leader of the shares and of the ranking, then others whose share grew clearly."""
+        leader = int(growth.argmax())
+        grown = [
+            c for c in growth.argsort(descending=True).tolist() if growth[c] >= self._settings.clear_share
+        ]
+        most = max(1, min(self._settings.candidates, len(ranking) - 1))
+        return list(dict.fromkeys([leader, ranking[0], *grown]))[:most]
+
+    def shares(self, trigger: FoundTrigger | None) -> Tensor:
+        """Share of each class among the zero-shot answers on the probe images, (C,)."""
+        features = self._features(trigger)
+        answers = self._head.logits(features).argmax(1)
+        return answers.bincount(minlength=len(self.classes)) / len(answers)
+
+    def _needed_area(self, trigger: FoundTrigger) -> float:
+        """The mask's area over the ASR that it reaches: what a full success would need."""
+        others = self._clean.labels[self._probe] != trigger.target
+        answers = self._head.logits(self._features(trigger)[others]).argmax(1)
+        asr = float((answers == trigger.target).float().mean())
+        return min(1.0, trigger.area / max(asr, 1e-3))
+
+    def _features(self, trigger: FoundTrigger | None) -> Tensor:
+        if trigger is None:
+            return self._clean.features[self._probe]
+        return encode(self._clip, self._clean.images[self._probe], trigger)
+
+    def _report(self, stage: str) -> Report:
+        progress: Callable[[Step], None] = self._progress
+        return lambda step, steps, loss, asr: progress(Step(stage, step, steps, loss, asr))
+
+
+def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
+    """The findings of an earlier run of the same suspect, read for another class list.
+
+    A stored trigger's target is the class that most images answer under it now; a suspect of the earlier run
+    stays one, whatever its class is called here.
+    """
+    suspected = {candidate.index for candidate in run.record.candidates if candidate.stands_out}
+    triggers, candidates = [], {}
+    for trigger in run.bank():
+        share = search.shares(trigger)
+        target = int(share.argmax())
+        triggers.append(replace(trigger, target=target))
+        if trigger.target in suspected:
+            earlier = next(item for item in run.record.candidates if item.index == trigger.target)
+            candidates[target] = earlier.model_copy(
+                update={
+                    "label": search.classes[target],
+                    "index": target,
+                    "share": float(share[target]),
+                    "share_clean": float(search.shares(None)[target]),
+                }
+            )
+    known = Findings(TriggerBank(tuple(triggers)), tuple(candidates.values()))
+    missing = [target for target in observed if target not in known.suspects]
+    if not missing:
+        return known
+    raise InputError(
+        f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
+        "trigger; run without `--reuse`"
+    )

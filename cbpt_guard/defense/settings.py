@@ -1,0 +1,104 @@
+"""The recipe's settings: frozen, readable from TOML, written into every run as they were used."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cbpt_guard.errors import InputError
+from cbpt_guard.manifest import RuleName
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InversionSettings(_Frozen):
+    """Stage 1: how triggers are looked for.
+
+    `epsilon` bounds additive patterns, in pixels of [0, 1]. A class is a candidate target when its share of the
+    answers grew by `clear_share`; below `flat_share` every class is scanned. A candidate stands out when its
+    mask needs `stands_out` times less area than those of `references` classes of middle rank.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
+    temperature: Positive = 0.07
+    alike_weight: Annotated[float, Field(ge=0)] = 0.5
+    moved_weight: Annotated[float, Field(ge=0)] = 0.1
+    learning_rate: Positive = 0.1
+    agnostic_batch: Annotated[int, Field(ge=2)] = 64
+    agnostic_steps: Count = 60
+    batch: Annotated[int, Field(ge=2)] = 32
+    masked_steps: Count = 120
+    additive_steps: Count = 80
+    candidates: Count = 3
+    references: Count = 2
+    flat_share: Share = 0.5
+    clear_share: Share = 0.1
+    scan_steps: Count = 8
+    scan_images: Count = 4
+    asr_goal: Share = 0.97
+    area_weight: Annotated[float, Field(ge=0)] = 60.0
+    shift: Annotated[int, Field(ge=0)] = 2
+    stands_out: Positive = 2.0
+
+
+class TuningSettings(_Frozen):
+    """Stage 2: how the class-wise prompts are tuned."""
+
+    epochs: Count = 30
+    batch: Count = 512
+    learning_rate: Positive = 1e-2
+    triggered_weight: Annotated[float, Field(ge=0)] = 1.0
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    accuracy_slack: Share = 0.005
+    chunk: Count = 64
+
+
+class RuleSettings(_Frozen):
+    """The answer rule and where its test's threshold lies, in standard deviations of clean target images."""
+
+    name: RuleName = "switch"
+    clean_deviations: Positive = 3.0
+
+
+class VerdictSettings(_Frozen):
+    """The bounds that a run must keep to be called guarded; shares in [0, 1]."""
+
+    found_asr: Share = 0.05
+    fresh_asr: Share = 0.05
+    accuracy_loss: Share = 0.02
+
+
+class Settings(_Frozen):
+    """Everything that may be set in `--settings FILE.toml`, one table for each part."""
+
+    inversion: InversionSettings = InversionSettings()
+    tuning: TuningSettings = TuningSettings()
+    rule: RuleSettings = RuleSettings()
+    verdict: VerdictSettings = VerdictSettings()
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Settings from a TOML file; what it does not name keeps its default.
+
+        Raises:
+            InputError: the file is missing, no TOML, or names an unknown or impossible setting.
+        """
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"settings {path} are no TOML: {error}") from error
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            raise InputError(f"settings {path}: " + "; ".join(lines[:10])) from error

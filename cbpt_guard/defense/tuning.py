@@ -1,0 +1,98 @@
+"""Stage 2: tune class-wise prompts on cached features of clean and triggered images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.settings import TuningSettings
+
+Judge = Callable[[int, float, Tensor], None]
+"""Called after each epoch with (epoch, loss, rows (C, E))."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Cached unit features of the same images: clean (N, E), under each of K triggers (K, N, E); labels (N,)."""
+
+    clean: Tensor
+    triggered: Tensor
+    labels: Tensor
+
+    def part(self, index: Tensor) -> FeatureSet:
+        """The images at `index`."""
+        return FeatureSet(self.clean[index], self.triggered[:, index], self.labels[index])
+
+
+def tuning_loss(rows: Tensor, original: Head, data: FeatureSet, settings: TuningSettings) -> Tensor:
+    """CE(clean, y) + w CE(triggered, y) + v KL(p_T0(clean) || p_T(clean)), (); rows (C, E) are the tuned ones.
+
+    arXiv 2502.19269 names three losses without giving them; this is the reconstruction of docs/method.md.
+    """
+    logits = Head(rows, original.scale, original.bias).logits(data.clean)
+    loss = F.cross_entropy(logits, data.labels)
+    before = original.logits(data.clean).log_softmax(dim=1)
+    kept = F.kl_div(logits.log_softmax(dim=1), before, log_target=True, reduction="batchmean")
+    loss = loss + settings.kl_weight * kept
+    if len(data.triggered):
+        triggered = Head(rows, original.scale, original.bias).logits(data.triggered.flatten(0, 1))
+        loss = loss + settings.triggered_weight * F.cross_entropy(
+            triggered, data.labels.repeat(len(data.triggered))
+        )
+    return loss
+
+
+def tune(
+    prompts: ClassPrompts,
+    original: Head,
+    data: FeatureSet,
+    settings: TuningSettings,
+    generator: torch.Generator,
+    judge: Judge,
+) -> None:
+    """Change the prompts' contexts, epoch by epoch; `judge` sees the rows after each."""
+    optimiser = torch.optim.AdamW(prompts.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    steps = settings.epochs * -(-len(data.labels) // settings.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for epoch in range(settings.epochs):
+        losses = []
+        for index in torch.randperm(len(data.labels), generator=generator).split(settings.batch):
+            rows = prompts.rows().requires_grad_()
+            loss = tuning_loss(rows, original, data.part(index), settings)
+            (gradient,) = torch.autograd.grad(loss, rows)
+            optimiser.zero_grad()
+            prompts.backward(gradient)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+        judge(epoch + 1, sum(losses) / len(losses), prompts.rows())
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch as the held-out images saw it: clean accuracy, worst found-trigger ASR, PA; shares in [0, 1]."""
+
+    number: int
+    rows: Tensor
+    contexts: Tensor
+    clean_accuracy: float
+    found_asr: float
+    poisoned_accuracy: float
+
+
+def choose(epochs: Sequence[Epoch], least_accuracy: float) -> tuple[Epoch, bool]:
+    """The epoch to ship, and whether it keeps `least_accuracy`.
+
+    Among those that keep it: the lowest found-trigger ASR, then the highest PA, then the earliest. If none
+    does: the one with the highest clean accuracy.
+    """
+    keeping = [epoch for epoch in epochs if epoch.clean_accuracy >= least_accuracy]
+    if not keeping:
+        return max(epochs, key=lambda epoch: epoch.clean_accuracy), False
+    return min(keeping, key=lambda epoch: (epoch.found_asr, -epoch.poisoned_accuracy, epoch.number)), True

@@ -1,0 +1,183 @@
+"""Measure a guard on held-out images, before and after, and say what may be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from cbpt_guard.defense.data import LabelledImages
+from cbpt_guard.defense.found import TriggerBank
+from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerMetrics, Verdict
+from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.defense.tuning import Epoch, FeatureSet
+from cbpt_guard.errors import InputError
+from cbpt_guard.metrics import attack_success_rate, poisoned_accuracy, standard_error
+from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
+
+_CHANCE_ERRORS = 2.0
+_WARN_BELOW = 3.0
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Features (N, E) of images under one trigger toward `target`; `labels` is None for observed attack images."""
+
+    origin: Origin
+    family: str
+    target: int
+    features: Tensor
+    labels: Tensor | None
+
+
+def clean_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of right answers in [0, 1]; logits (N, C), labels (N,)."""
+    return count_clean_accuracy(_answers(logits), labels.numpy())
+
+
+def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tuple[str, ...]:
+    """Warnings about the undefended accuracy on all clean features (N, E); chance is 1 / C.
+
+    Raises:
+        InputError: it is not above chance by two standard errors: names, tokenizer or preprocessing do not fit.
+    """
+    accuracy = clean_accuracy(original.logits(features), data.labels)
+    chance = 1 / len(data.classes)
+    error = standard_error(chance, len(data.labels))
+    found = f"the undefended model gets {100 * accuracy:.1f} % of clean images right; chance is {100 * chance:.1f} %"
+    if accuracy <= chance + _CHANCE_ERRORS * error:
+        raise InputError(
+            f"{found}. Class names, tokenizer or preprocessing do not fit this model; check `--classes`, "
+            "`--template`, `--preprocess`, `--quickgelu` and `--tokenizer`"
+        )
+    if accuracy < _WARN_BELOW * chance:
+        return (f"{found}: under three times chance, so class names or preprocessing may not fit",)
+    return ()
+
+
+def look_at(
+    head: GuardedHead, number: int, rows: Tensor, contexts: Tensor, unseen: FeatureSet, bank: TriggerBank
+) -> Epoch:
+    """One epoch through the rule on unseen images: clean accuracy, worst found-trigger ASR and mean PA."""
+    truth = unseen.labels.numpy()
+    asrs, pas = [0.0], []
+    for trigger, features in zip(bank, unseen.triggered, strict=True):
+        predicted = _answers(head.answer(features).logits)
+        asrs.append(attack_success_rate(predicted, truth, trigger.target))
+        pas.append(poisoned_accuracy(predicted, truth, trigger.target))
+    accuracy = clean_accuracy(head.answer(unseen.clean).logits, unseen.labels)
+    return Epoch(number, rows, contexts, accuracy, max(asrs), sum(pas) / len(pas))
+
+
+def measure(
+    head: GuardedHead, features: Tensor, labels: Tensor, attacks: Sequence[Attacked], *, held_out: bool
+) -> RunMetrics:
+    """Before and after on clean features (N, E) with labels (N,), and under each trigger."""
+    answer, prompts = head.answer(features), head.with_rule("prompts").answer(features)
+    truth = labels.numpy()
+    before, after, paper = (_answers(logits) for logits in (answer.original, answer.logits, prompts.logits))
+    triggers = tuple(_under_attack(head, attack) for attack in attacks)
+    found = [float(head.answer(a.features).triggered.float().mean()) for a in attacks if a.origin == "found"]
+    return RunMetrics(
+        images=len(truth),
+        held_out=held_out,
+        clean_accuracy_before=count_clean_accuracy(before, truth),
+        clean_accuracy_after=count_clean_accuracy(after, truth),
+        clean_accuracy_prompts=count_clean_accuracy(paper, truth),
+        flagged_clean=float(answer.triggered.float().mean()),
+        flagged_found=min(found, default=None),
+        triggers=triggers,
+        classes=_per_class(head.classes, truth, before, after, paper),
+    )
+
+
+def judge(
+    run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *, keeps_accuracy: bool
+) -> Verdict:
+    """guarded, not guarded or unverified, with the reasons; the bounds are those of the settings.
+
+    `keeps_accuracy`: whether any epoch kept the zero-shot accuracy on held-out images.
+    """
+    failed = (
+        [] if keeps_accuracy else ["no epoch of prompt tuning kept the zero-shot accuracy on held-out images"]
+    )
+    loss = run.clean_accuracy_before - run.clean_accuracy_after
+    if loss > settings.accuracy_loss:
+        failed.append(
+            f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
+        )
+    for trigger in run.triggers:
+        bound = settings.fresh_asr if trigger.origin == "fresh" else settings.found_asr
+        if trigger.asr_after > bound:
+            failed.append(
+                f"a {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
+                f"{100 * trigger.asr_after:.1f} % of images, more than {100 * bound:.1f} %"
+            )
+    if not suspects:
+        nothing = "no class stands out as a target, so nothing was there to guard against and no success can be shown"
+        return Verdict(name="unverified", reasons=(nothing,))
+    if failed:
+        return Verdict(name="not guarded", reasons=tuple(failed))
+    if not run.held_out:
+        few = "no image could be held out (fewer than 4 shots in every class), so nothing was measured on unseen images"
+        return Verdict(name="unverified", reasons=(few,))
+    worst = max((trigger.asr_after for trigger in run.triggers), default=0.0)
+    kept = (
+        f"on {run.images} held-out images the worst trigger succeeds on {100 * worst:.1f} %, and clean accuracy "
+        f"went from {100 * run.clean_accuracy_before:.1f} % to {100 * run.clean_accuracy_after:.1f} %"
+    )
+    return Verdict(name="guarded", reasons=(kept,))
+
+
+def _under_attack(head: GuardedHead, attack: Attacked) -> TriggerMetrics:
+    answer, prompts = head.answer(attack.features), head.with_rule("prompts").answer(attack.features)
+    answers = {"before": answer.original, "after": answer.logits, "prompts": prompts.logits}
+    shares: dict[str, float | None] = {}
+    for name, logits in answers.items():
+        predicted = _answers(logits)
+        if attack.labels is None:
+            shares[f"asr_{name}"] = float((predicted == attack.target).mean())
+            shares[f"pa_{name}"] = None
+        else:
+            truth = attack.labels.numpy()
+            shares[f"asr_{name}"] = attack_success_rate(predicted, truth, attack.target)
+            shares[f"pa_{name}"] = poisoned_accuracy(predicted, truth, attack.target)
+    return TriggerMetrics.model_validate(
+        {
+            "origin": attack.origin,
+            "family": attack.family,
+            "target": head.classes[attack.target],
+            "images": len(attack.features),
+            **shares,
+        }
+    )
+
+
+def _per_class(
+    classes: Sequence[str], truth: np.ndarray, before: np.ndarray, after: np.ndarray, prompts: np.ndarray
+) -> tuple[ClassMetrics, ...]:
+    rows = []
+    for index, label in enumerate(classes):
+        own = truth == index
+        recalls = [
+            float((answers[own] == index).mean()) if own.any() else None
+            for answers in (before, after, prompts)
+        ]
+        rows.append(
+            ClassMetrics(
+                label=label,
+                images=int(own.sum()),
+                before=recalls[0],
+                after=recalls[1],
+                after_prompts=recalls[2],
+            )
+        )
+    return tuple(rows)
+
+
+def _answers(logits: Tensor) -> np.ndarray:
+    answers: np.ndarray = logits.argmax(dim=1).numpy()
+    return answers

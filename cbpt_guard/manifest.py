@@ -1,0 +1,122 @@
+"""`manifest.json` as a frozen value: what a service or an auditor needs to know about a bundle."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cbpt_guard.errors import BundleError
+from cbpt_guard.images import Preprocess
+
+VerdictName = Literal["guarded", "not guarded", "unverified"]
+RuleName = Literal["switch", "prompts"]
+
+FORMAT = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(_Frozen):
+    """One listed file: its digest and its size in bytes."""
+
+    sha256: str
+    size: Annotated[int, Field(ge=0)]
+
+
+class ModelEntry(_Frozen):
+    """Where the weights came from, and how each thing that a file cannot tell was resolved."""
+
+    architecture: str
+    source: str
+    source_sha256: str
+    resolved: dict[str, str]
+
+
+class Suspect(_Frozen):
+    """A suspected target class, and the zero-shot margin in logits above which an image is triggered."""
+
+    label: str
+    index: int
+    threshold: float
+
+
+class RuleEntry(_Frozen):
+    """The answer rule inside the graph, and how often its flag fired when measured (shares in [0, 1])."""
+
+    name: RuleName
+    suspects: tuple[Suspect, ...]
+    flagged_clean: float
+    flagged_found: float | None
+
+
+class Parity(_Frozen):
+    """Worst logit difference of the graph against torch over `images` images, and the bound it kept."""
+
+    images: int
+    max_logit_difference: float
+    bound: float
+
+
+class Gate(_Frozen):
+    """What a variant reached on the run's held-out images, through its own ONNX file (shares in [0, 1])."""
+
+    images: int
+    clean_accuracy: float
+    clean_accuracy_original: float
+    found_trigger_asr: float | None
+
+
+class Variant(_Frozen):
+    """One precision of the graph."""
+
+    file: str
+    parity: Parity
+    gate: Gate
+
+
+class Graph(_Frozen):
+    """What stands at the graph's two doors."""
+
+    opset: int
+    input: str
+    outputs: tuple[str, ...]
+
+
+class Manifest(_Frozen):
+    """`manifest.json`, written last: everything a service or an auditor needs to know about a bundle."""
+
+    format: Literal[1] = 1
+    cbpt_guard: str
+    created: str
+    verdict: VerdictName
+    reasons: tuple[str, ...]
+    allow_unguarded: bool
+    model: ModelEntry
+    preprocess: Preprocess
+    rule: RuleEntry
+    graph: Graph
+    variants: dict[str, Variant]
+    golden_tolerance: float
+    tools: dict[str, str]
+    settings: dict[str, Any]
+    files: dict[str, FileEntry]
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest of a `manifest.json`; `BundleError` when it is malformed or of another format version."""
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"manifest.json is no JSON: {error}") from error
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if version != FORMAT:
+        raise BundleError(f"this bundle is format {version}; this version of cbpt-guard reads {FORMAT}")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise BundleError(f"manifest.json is malformed in {error.error_count()} places: {first}") from error

@@ -1,0 +1,111 @@
+"""The commands by name, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+import typer
+from cbpt_guard.cli import bundles, demo, predict, purify
+from cbpt_guard.cli.show import note, plain
+from typer.core import TyperGroup
+
+from cbpt_guard.errors import CbptGuardError
+
+_BUG, _INTERRUPTED, _TERMINATED = 70, 130, 143
+_NEEDS_EXTRA = {
+    "onnxruntime": "cpu",
+    **dict.fromkeys(
+        ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"
+    ),
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C, so that locks are released and the work so far stays resumable."""
+
+
+class Commands(TyperGroup):
+    """A group whose commands may raise any error of the tree."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; every error ends as one message on stderr and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except CbptGuardError as error:
+            note(f"error: {error}")
+            raise typer.Exit(error.exit_code) from error
+        except ModuleNotFoundError as error:
+            extra = _NEEDS_EXTRA.get((error.name or "").split(".")[0])
+            if extra is None:
+                raise
+            note(f"error: this command needs {error.name}: pip install 'cbpt-guard[{extra}]'")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            note("interrupted; `--resume` continues where the command has it")
+            raise typer.Exit(_INTERRUPTED) from error
+        except _Terminated as error:
+            note("terminated; `--resume` continues where the command has it")
+            raise typer.Exit(_TERMINATED) from error
+        except BrokenPipeError as error:
+            # the reader of stdout went away; python would complain once more when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own: usage errors, typer.Exit
+                raise
+            note(traceback.format_exc())
+            note(
+                f"this is a bug of cbpt-guard ({type(error).__name__}); please report it with the lines above"
+            )
+            raise typer.Exit(_BUG) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Purify a backdoored CLIP zero-shot classifier, export it to ONNX, serve it without torch.",
+)
+app.command("purify")(purify.purify)
+app.command("export")(bundles.export)
+app.command("verify")(bundles.verify)
+app.command("inspect")(bundles.inspect)
+app.command("predict")(predict.predict)
+app.command("demo")(demo.demo)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from cbpt_guard import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; `cbpt-guard` calls this."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+__all__ = ["app", "main", "plain"]

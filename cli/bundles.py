@@ -1,0 +1,79 @@
+"""`cbpt-guard export`, `verify` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cbpt_guard.cli.show import note, plain
+
+
+def export(
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write an ONNX bundle (the only form, and the default).")
+    ] = True,
+    run: Annotated[Path, typer.Option(help="The run directory of `purify`.")] = Path("purified"),
+    out: Annotated[Path, typer.Option(help="The bundle to make.")] = Path("bundle"),
+    opset: Annotated[int, typer.Option(help="The ONNX opset.")] = 18,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
+    allow_unguarded: Annotated[
+        bool, typer.Option("--allow-unguarded", help="Export although the run is not `guarded`; recorded.")
+    ] = False,
+) -> None:
+    """Write a purified run as an ONNX bundle: encoder, both heads and the rule in one graph."""
+    from cbpt_guard.export import export as export_run
+
+    path = export_run(
+        run,
+        out,
+        opset=opset,
+        force=force,
+        allow_unguarded=allow_unguarded,
+        progress=note if sys.stderr.isatty() else None,
+    )
+    note(f'serve it with: GuardedClassifier.load("{path}").predict(image)')
+    sys.stdout.write(f"{path}\n")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also check the graph itself (purify extra).")] = False,
+    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="With --deep: compare with torch on this run's samples.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The checks on stdout as JSON.")] = False,
+) -> None:
+    """Check a bundle against its manifest and its own golden answers; a mismatch exits 1."""
+    from cbpt_guard.export import verify as verify_bundle
+
+    opened = None
+    if run is not None:
+        from cbpt_guard.defense.run import PurifyRun
+
+        opened = PurifyRun.open(run)
+    report = verify_bundle(bundle, deep=deep, digest=digest, run=opened)
+    if as_json:
+        checks = [{"name": check.name, "outcome": check.outcome} for check in report.checks]
+        sys.stdout.write(json.dumps({"digest": report.digest, "checks": checks}, indent=1) + "\n")
+        return
+    for check in report.checks:
+        sys.stdout.write(plain(f"{check.name}: {check.outcome}") + "\n")
+    sys.stdout.write(f"{report.digest}\n")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run directory or a bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print what a run directory or a bundle says of itself."""
+    from cbpt_guard.inspection import describe
+    from cbpt_guard.inspection import inspect as look
+
+    found = look(path)
+    sys.stdout.write(
+        json.dumps(found, indent=1, ensure_ascii=True) + "\n" if as_json else plain(describe(found)) + "\n"
+    )

@@ -1,0 +1,24 @@
+"""Settings of the process that only a command may make: threads and the C library's allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEEP = 1 << 28
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Set torch's threads, and keep freed memory in the process.
+
+    glibc returns every large tensor to the system and pays for fresh pages at the next; a trigger inversion
+    allocates the same tensors thousands of times. Elsewhere than glibc this does nothing.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _KEEP)):
+            libc.mallopt(option, value)

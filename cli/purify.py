@@ -1,0 +1,200 @@
+"""`cbpt-guard purify`: options in, a run directory and a verdict out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from cbpt_guard.cli.show import live, note, percent, table
+
+if TYPE_CHECKING:
+    from cbpt_guard.defense.record import RunMetrics, RunRecord
+    from cbpt_guard.defense.run import PurifyRun
+
+_MOST_CLASSES = 12
+
+
+def purify(
+    model: Annotated[Path, typer.Option(help="The suspect: a checkpoint file or an open_clip folder.")],
+    data: Annotated[
+        Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")
+    ],
+    out: Annotated[Path, typer.Option(help="The run directory to make.")] = Path("purified"),
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 lines: folder<TAB>name renames, a line without TAB adds a class."),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="The prompt, with {} for the class name.")
+    ] = "a photo of a {}.",
+    shots: Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="The recipe's numbers, a TOML file.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    triggered: Annotated[Path | None, typer.Option(help="A folder of observed attack images.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")
+    ] = False,
+    arch: Annotated[
+        str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")
+    ] = None,
+    quickgelu: Annotated[bool | None, typer.Option(help="Whether the towers use QuickGELU.")] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder with the tokenizer's files.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The record and the metrics on stdout.")] = False,
+) -> None:
+    """Purify a suspect: invert its trigger, tune class-wise prompts, judge the guard.
+
+    Exit code 0: guarded. 1: not guarded or unverified (everything is kept). 2: bad input. 3: unsafe input.
+    """
+    from cbpt_guard.cli.machine import prepare_torch
+
+    from cbpt_guard.defense.job import Job
+    from cbpt_guard.defense.plan import plan
+    from cbpt_guard.defense.purify import purify_job
+    from cbpt_guard.defense.settings import Settings
+    from cbpt_guard.defense.suspect import ModelFlags
+
+    prepare_torch(threads)
+    job = Job(
+        model=model,
+        data=data,
+        classes=classes,
+        template=template,
+        shots=shots,
+        settings=Settings.read(settings) if settings else Settings(),
+        seed=seed,
+        device=device,
+        triggered=triggered,
+        reuse=reuse,
+        skip_bad=skip_bad,
+        flags=ModelFlags(arch, quickgelu, preprocess, tokenizer),
+    )
+    with live() as progress:
+        if dry_run:
+            planned = plan(job, out, force=force, progress=progress)
+        else:
+            run = purify_job(job, out, resume=resume, force=force, progress=progress)
+    if dry_run:
+        sys.stdout.write(
+            json.dumps(planned.model_dump(mode="json"), indent=1) + "\n" if as_json else planned.describe()
+        )
+        return
+    show_run(run)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_json(run), indent=1) + "\n")
+    else:
+        sys.stdout.write(f"{run.path}\n")
+    raise typer.Exit(0 if run.record.verdict.name == "guarded" else 1)
+
+
+def show_run(run: PurifyRun) -> None:
+    """Model, candidates, triggers, classes and the verdict, on stderr."""
+    record, metrics = run.record, run.metrics
+    note(f"model: {record.model.architecture} from {record.model.source} ({record.model.form})")
+    for what, how in record.model.resolved.items():
+        note(f"  {what}: {how}")
+    for text in (*record.model.notes, *record.warnings):
+        note(f"  note: {text}")
+    if record.data.without_images:
+        note(f"classes without images keep their original rows: {', '.join(record.data.without_images)}")
+    if record.data.skipped:
+        note(f"{len(record.data.skipped)} images could not be read and were left out")
+    _show_candidates(record)
+    _show_triggers(metrics)
+    _show_classes(metrics, [suspect.label for suspect in record.suspects])
+    _show_verdict(run)
+
+
+def _show_candidates(record: RunRecord) -> None:
+    rows = [
+        (
+            c.label,
+            percent(c.share_clean),
+            percent(c.share),
+            percent(c.area),
+            f"{c.score:.2f}",
+            "yes" if c.stands_out else "no",
+        )
+        for c in record.candidates
+    ]
+    bound = record.settings["inversion"]["stands_out"]
+    table(
+        f"candidate targets (one stands out at a score of {bound:g})",
+        (
+            "class",
+            "share of answers, clean %",
+            "agnostic trigger %",
+            "mask area needed %",
+            "score",
+            "stands out",
+        ),
+        rows,
+    )
+    if not any(c.stands_out for c in record.candidates):
+        note("nothing stands out; prompts were tuned against the likeliest candidate's triggers all the same")
+
+
+def _show_triggers(metrics: RunMetrics) -> None:
+    rows = [
+        (
+            f"{t.origin} {t.family} -> {t.target}",
+            str(t.images),
+            *(
+                percent(share)
+                for share in (t.asr_before, t.asr_after, t.asr_prompts, t.pa_before, t.pa_after, t.pa_prompts)
+            ),
+        )
+        for t in metrics.triggers
+    ]
+    rule = ("images", "ASR before", "ASR after", "ASR prompts", "PA before", "PA after", "PA prompts")
+    table(
+        "under each trigger, in %; `prompts` is the paper's rule on the same heads", ("trigger", *rule), rows
+    )
+
+
+def _show_classes(metrics: RunMetrics, suspects: list[str]) -> None:
+    """Suspects first, then the classes that lost most."""
+    known = [c for c in metrics.classes if c.before is not None and c.after is not None]
+    order = sorted(known, key=lambda c: (c.label not in suspects, (c.after or 0) - (c.before or 0)))
+    rows = [
+        (c.label, str(c.images), percent(c.before), percent(c.after), percent(c.after_prompts))
+        for c in order[:_MOST_CLASSES]
+    ]
+    rows.append(
+        (
+            f"all {len(metrics.classes)} classes",
+            str(metrics.images),
+            percent(metrics.clean_accuracy_before),
+            percent(metrics.clean_accuracy_after),
+            percent(metrics.clean_accuracy_prompts),
+        )
+    )
+    seen = "held-out" if metrics.held_out else "tuned-on (none held out)"
+    table(f"clean recall on {seen} images, in %", ("class", "images", "before", "after", "prompts"), rows)
+
+
+def _show_verdict(run: PurifyRun) -> None:
+    verdict = run.record.verdict
+    note(f"verdict: {verdict.name.upper()}")
+    for reason in verdict.reasons:
+        note(f"  {reason}")
+    note(f"pictures of the found triggers: {run.path / 'pictures'}")
+
+
+def _as_json(run: PurifyRun) -> dict[str, Any]:
+    return {"run": run.record.model_dump(mode="json"), "metrics": run.metrics.model_dump(mode="json")}

@@ -1,0 +1,76 @@
+"""The gate: what a precision variant reaches on held-out images, measured through its own ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.errors import CheckError
+from cbpt_guard.images import Pixels
+from cbpt_guard.manifest import Gate
+from cbpt_guard.session import Session
+
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The gate's numbers, and how often the flag fired; shares in [0, 1], None without found triggers."""
+
+    gate: Gate
+    flagged_clean: float
+    flagged_found: float | None
+
+
+def measure_gate(
+    session: Session, images: Pixels, labels: npt.NDArray[np.int64], bank: TriggerBank
+) -> Measured:
+    """Clean accuracy of both heads and worst found-trigger ASR on images uint8 (N, S, S, 3), labels (N,)."""
+    clean = session.run(images)
+    answers, flags = [], []
+    for trigger in bank:
+        others = images[labels != trigger.target]
+        if len(others):
+            outputs = session.run(triggered(others, trigger))
+            answers.append(float((outputs.logits.argmax(axis=1) == trigger.target).mean()))
+            flags.append(outputs.triggered)
+    gate = Gate(
+        images=len(images),
+        clean_accuracy=float((clean.logits.argmax(axis=1) == labels).mean()),
+        clean_accuracy_original=float((clean.logits_original.argmax(axis=1) == labels).mean()),
+        found_trigger_asr=max(answers, default=None),
+    )
+    flagged_found = float(np.concatenate(flags).mean()) if flags else None
+    return Measured(gate, float(clean.triggered.mean()), flagged_found)
+
+
+def check_gate(gate: Gate, bounds: VerdictSettings) -> None:
+    """Hold a variant to the bounds that the run was judged by.
+
+    Raises:
+        CheckError: it lets a found trigger through, or loses clean accuracy.
+    """
+    if gate.found_trigger_asr is not None and gate.found_trigger_asr > bounds.found_asr:
+        raise CheckError(
+            f"the ONNX file does not pass its gate: found-trigger ASR {gate.found_trigger_asr:.1%} on "
+            f"{gate.images} held-out images, at most {bounds.found_asr:.1%} is allowed"
+        )
+    loss = gate.clean_accuracy_original - gate.clean_accuracy
+    if loss > bounds.accuracy_loss:
+        raise CheckError(
+            f"the ONNX file does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
+            f"held-out images, at most {bounds.accuracy_loss:.1%} is allowed"
+        )
+
+
+def triggered(images: Pixels, trigger: FoundTrigger) -> Pixels:
+    """The images under the trigger, rounded to uint8: what a camera or a file could really carry."""
+    parts = torch.from_numpy(images).split(_CHUNK)
+    done = torch.cat([(trigger.apply(to_pixels(part)) * 255).round().to(torch.uint8) for part in parts])
+    return done.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,56 @@
+"""Fixtures that several test modules use."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_bundle
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of development models and data beside the repository; its tests skip where it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"the development models and data are not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pristine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle that no test changes."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_bundle(pristine_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle for one test to use and to break."""
+    return Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run that no test changes."""
+    from small_runs import write_run  # here, so that tests of the runtime load no torch
+
+    return write_run(tmp_path_factory.mktemp("run") / "purified")
+
+
+@pytest.fixture
+def own_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run for one test to break."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "purified"))
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the small run, exported once; no test changes it."""
+    from cbpt_guard.export import export
+
+    return export(tiny_run, tmp_path_factory.mktemp("exported") / "bundle")

@@ -1,0 +1,440 @@
+"""A run becomes a bundle whose ONNX file answers as torch does, or it becomes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import small_clips
+import torch
+from cbpt_guard.export import export, gate, graph, parity, write
+from cbpt_guard.export.card import escaped
+from cbpt_guard.export.parts import Parts, read_parts
+from small_runs import CLASSES, TARGET, write_run
+
+from cbpt_guard import GuardedClassifier
+from cbpt_guard.bundle import load_golden, open_bundle
+from cbpt_guard.defense.clip import ImageEncoder
+from cbpt_guard.defense.head import LEFT_OUT, TriggerTest
+from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.errors import CheckError, InputError
+from cbpt_guard.images import Preprocess
+from cbpt_guard.manifest import Gate
+from cbpt_guard.session import Outputs, Session
+
+
+def session_of(parts: Parts, opset: int = 18) -> Session:
+    size = parts.images.shape[1]
+    return Session(graph.to_onnx(parts.graph, size, opset), size=size, classes=len(CLASSES), threads=1)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_run: Path) -> Parts:
+    return read_parts(PurifyRun.open(tiny_run))
+
+
+@pytest.fixture(scope="module")
+def session(exported: Path) -> Session:
+    return Session((exported / "model.onnx").read_bytes(), size=32, classes=len(CLASSES), threads=1)
+
+
+@pytest.fixture
+def quick(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`export` that takes the small run's graph from the shelf instead of tracing it again."""
+    model = (exported / "model.onnx").read_bytes()
+    monkeypatch.setattr(write, "to_onnx", lambda *_: model)
+    return export
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def attacked(parts: Parts) -> np.ndarray:
+    return gate.triggered(parts.images, next(iter(parts.bank)))
+
+
+# The graph
+
+
+def same(found: Outputs, wanted: Outputs, bound: float = 1e-3) -> None:
+    assert np.abs(found.logits - wanted.logits).max() < bound
+    assert np.abs(found.logits_original - wanted.logits_original).max() < bound
+    assert np.abs(found.embedding - wanted.embedding).max() < 1e-5
+    assert np.array_equal(found.triggered, wanted.triggered)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 32])
+def test_onnx_answers_as_torch_in_every_batch(parts: Parts, session: Session, batch: int) -> None:
+    images = np.concatenate([parts.images[:20], attacked(parts)[:20]])
+    wanted = parity.torch_outputs(parts.graph, images)
+    assert 0 < wanted.triggered.sum() < 40
+    same(session.run(images, batch), wanted)
+
+
+def test_the_switch_leaves_the_target_out_and_every_other_image_untouched(
+    parts: Parts, session: Session
+) -> None:
+    outputs = session.run(np.concatenate([parts.images, attacked(parts)]))
+    fired = outputs.triggered
+    assert fired.sum() > 30
+    assert (outputs.logits[fired, TARGET] == LEFT_OUT).all()
+    assert np.array_equal(outputs.logits[~fired], outputs.logits_original[~fired])
+
+
+def test_nothing_suspected_changes_no_bit(parts: Parts) -> None:
+    head = parts.graph.head
+    innocent = replace(head, test=TriggerTest.none(*head.original.rows.shape))
+    outputs = session_of(replace(parts, graph=graph.GuardedGraph(parts.graph.encoder, innocent))).run(
+        attacked(parts)
+    )
+    assert not outputs.triggered.any()
+    assert np.array_equal(outputs.logits, outputs.logits_original)
+
+
+def test_the_papers_rule_and_a_resnet(tmp_path: Path) -> None:
+    run = PurifyRun.open(write_run(tmp_path / "run", small_clips.RESNET, rule="prompts"))
+    parts = read_parts(run)
+    session = session_of(parts)
+    assert parity.measure_parity(parts.graph, session, parts.images).max_logit_difference < 1e-3
+    images = attacked(parts)
+    outputs = session.run(images)
+    same(outputs, parity.torch_outputs(parts.graph, images))
+    assert outputs.triggered.any()
+    assert (outputs.logits != outputs.logits_original).any(axis=1).all()
+
+
+def test_a_higher_opset_and_a_silent_exporter(
+    parts: Parts, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    levels = [logging.getLogger(name).level for name in ("torch", "onnxscript")]
+    session = session_of(parts, opset=23)
+    same(session.run(attacked(parts)), parity.torch_outputs(parts.graph, attacked(parts)))
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
+    assert [logging.getLogger(name).level for name in ("torch", "onnxscript")] == levels
+
+
+def test_no_trace_of_this_machine(exported: Path, tiny_run: Path) -> None:
+    secrets = [
+        str(Path.home()),
+        str(Path.cwd()),
+        sys.prefix,
+        str(tiny_run),
+        str(exported.parent),
+        ".py\x22",
+        ".py:",
+    ]
+    for name, data in contents(exported).items():
+        found = [secret for secret in secrets if secret.encode() in data]
+        assert not found, (name, found)
+    model = onnx.load(exported / "model.onnx")
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+@pytest.mark.parametrize("opset", [17, 26, 99])
+def test_opset_out_of_range(tiny_run: Path, tmp_path: Path, opset: int) -> None:
+    with pytest.raises(InputError, match="18 to 25"):
+        export(tiny_run, tmp_path / "bundle", opset=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_large_for_one_file(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_ONE_FILE", 1000)
+    with pytest.raises(InputError, match="one ONNX file holds at most 2 GB"):
+        graph.to_onnx(parts.graph, 32, 18)
+
+
+def test_an_architecture_that_the_exporter_cannot_express(parts: Parts) -> None:
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    encoder = ImageEncoder(Odd(), Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    with pytest.raises(CheckError, match="cannot be exported"):
+        graph.to_onnx(graph.GuardedGraph(encoder, parts.graph.head), 32, 18)
+
+
+# Parity and gate
+
+
+def test_parity_sees_a_wrong_weight(parts: Parts, session: Session) -> None:
+    head = parts.graph.head
+    wrong = replace(head, guarded=replace(head.guarded, scale=head.guarded.scale * 1.001))
+    images = np.concatenate([parts.images, attacked(parts)])
+    with pytest.raises(CheckError, match=r"differs from torch by 0\.\d+ logits"):
+        parity.measure_parity(graph.GuardedGraph(parts.graph.encoder, wrong), session, images)
+
+
+def test_parity_sees_a_wrong_flag(parts: Parts, session: Session) -> None:
+    head = parts.graph.head
+    test = TriggerTest(head.test.directions, head.test.thresholds + 10)
+    wrong = graph.GuardedGraph(parts.graph.encoder, replace(head, test=test, rule="prompts"))
+    right = parity.torch_outputs(wrong, attacked(parts))
+
+    class SameLogits:
+        def run(self, pixels: np.ndarray, batch: int) -> Outputs:
+            return Outputs(*(column[: len(pixels)] for column in right))._replace(
+                triggered=np.ones(len(pixels), bool)
+            )
+
+    with pytest.raises(CheckError, match="flags differ"):
+        parity.measure_parity(wrong, SameLogits(), attacked(parts))  # type: ignore[arg-type]
+
+
+def test_parity_lets_an_image_at_the_threshold_fall_to_either_side(parts: Parts, session: Session) -> None:
+    head, images = parts.graph.head, attacked(parts)
+    wanted = parity.torch_outputs(parts.graph, images)
+    cosines = torch.from_numpy(wanted.embedding) @ head.test.directions[TARGET]
+    first = int(wanted.triggered.argmax())
+    thresholds = head.test.thresholds.clone()
+    thresholds[TARGET] = cosines[first]
+    edge = replace(head, test=TriggerTest(head.test.directions, thresholds))
+    slack = parity.decision_slack(edge, wanted.embedding)
+    assert slack[first] < parity.parity_bound(head)
+    assert (np.delete(slack, first) > parity.parity_bound(head)).all()
+
+
+def test_slack_promises_that_smaller_errors_change_no_decision(parts: Parts) -> None:
+    head = parts.graph.head
+    wanted = parity.torch_outputs(parts.graph, np.concatenate([parts.images, attacked(parts)]))
+    slack = parity.decision_slack(head, wanted.embedding) / head.original.scale
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        error = generator.normal(size=wanted.embedding.shape)
+        error *= 0.99 * slack[:, None] / np.linalg.norm(error, axis=1, keepdims=True)
+        moved = head.answer(torch.from_numpy((wanted.embedding + error).astype(np.float32)))
+        assert np.array_equal(moved.triggered.numpy(), wanted.triggered)
+        assert np.array_equal(moved.original.numpy().argmax(1), wanted.logits_original.argmax(1))
+
+
+def test_over_the_bound_nothing_is_written_and_the_earlier_bundle_stays(
+    tiny_run: Path, tmp_path: Path, quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = quick(tiny_run, tmp_path / "bundle")
+    before = contents(out)
+    monkeypatch.setattr(parity, "RELATIVE_BOUND", 1e-12)
+    with pytest.raises(CheckError, match="differs from torch"):
+        quick(tiny_run, out, force=True)
+    assert contents(out) == before
+    with pytest.raises(CheckError, match="differs from torch"):
+        quick(tiny_run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_gate_counts_what_torch_counts(parts: Parts, session: Session) -> None:
+    measured = gate.measure_gate(session, parts.images, parts.labels, parts.bank)
+    clean = parity.torch_outputs(parts.graph, parts.images)
+    under = parity.torch_outputs(parts.graph, attacked(parts)[parts.labels != TARGET])
+    assert measured.gate.clean_accuracy == (clean.logits.argmax(1) == parts.labels).mean()
+    assert measured.gate.clean_accuracy_original == 1.0
+    assert measured.gate.found_trigger_asr == (under.logits.argmax(1) == TARGET).mean()
+    assert (under.logits_original.argmax(1) == TARGET).mean() > 0.9
+    assert measured.flagged_clean == clean.triggered.mean()
+    assert measured.flagged_found == under.triggered.mean() > 0.9
+
+
+def test_the_gate_sees_an_undefended_head(parts: Parts, session: Session) -> None:
+    class Undefended:
+        def run(self, pixels: np.ndarray) -> Outputs:
+            outputs = session.run(pixels)
+            return outputs._replace(logits=outputs.logits_original)
+
+    measured = gate.measure_gate(Undefended(), parts.images, parts.labels, parts.bank)  # type: ignore[arg-type]
+    with pytest.raises(CheckError, match="found-trigger ASR"):
+        gate.check_gate(measured.gate, VerdictSettings())
+
+
+def test_the_gate_sees_lost_accuracy() -> None:
+    lost = Gate(images=9, clean_accuracy=0.5, clean_accuracy_original=0.6, found_trigger_asr=None)
+    with pytest.raises(CheckError, match=r"loses 10\.0% of clean accuracy"):
+        gate.check_gate(lost, VerdictSettings())
+
+
+def test_a_run_that_fails_its_gate_is_refused_unless_allowed(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path]
+) -> None:
+    samples = dict(np.load(own_run / "samples.npz"))
+    record = json.loads((own_run / "run.json").read_text())
+    record["settings"]["verdict"]["accuracy_loss"] = 0.0
+    (own_run / "run.json").write_text(json.dumps(record))
+    parts = read_parts(PurifyRun.open(own_run))
+    samples["images"] = np.concatenate([samples["images"], attacked(parts)])
+    samples["labels"] = np.concatenate([samples["labels"], np.full(len(attacked(parts)), TARGET)])
+    np.savez(own_run / "samples.npz", **samples)
+    with pytest.raises(CheckError, match="does not pass its gate"):
+        quick(own_run, tmp_path / "bundle")
+    manifest = open_bundle(quick(own_run, tmp_path / "bundle", allow_unguarded=True)).manifest
+    assert manifest.allow_unguarded
+    assert manifest.variants["fp32"].gate.clean_accuracy < 0.8
+
+
+# The recipe
+
+
+def test_the_bundle_is_complete_and_served(exported: Path, parts: Parts) -> None:
+    names = {"manifest.json", "model.onnx", "labels.json", "golden.npz", "prompts.safetensors", "README.md"}
+    assert set(contents(exported)) == names
+    guard = GuardedClassifier.load(exported, threads=1)
+    assert tuple(guard.classes_) == CLASSES
+    clean, hit = guard.predict([parts.images[0], attacked(parts)[0]])
+    assert (clean.index, clean.triggered, clean.changed) == (int(parts.labels[0]), False, False)
+    assert (hit.triggered, hit.changed) == (True, True)
+    assert hit.index != TARGET
+
+
+def test_the_manifest_says_where_it_comes_from(exported: Path, tiny_run: Path) -> None:
+    manifest, record = open_bundle(exported).manifest, PurifyRun.open(tiny_run).record
+    assert manifest.verdict == "guarded"
+    assert not manifest.allow_unguarded
+    assert manifest.model.source_sha256 == record.model.source_sha256
+    assert manifest.rule.suspects == record.suspects
+    assert manifest.settings == {"seed": record.seed, "template": record.template, **record.settings}
+    assert set(manifest.tools) == {
+        *("python", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+    }
+    found = manifest.variants["fp32"].parity
+    assert 0 < found.max_logit_difference <= found.bound == 1e-3 < manifest.golden_tolerance
+
+
+def test_golden_inputs_are_drawn_not_taken_and_keep_their_distance(exported: Path, parts: Parts) -> None:
+    golden = load_golden((exported / "golden.npz").read_bytes())
+    slack = parity.decision_slack(
+        parts.graph.head, parity.torch_outputs(parts.graph, golden.images).embedding
+    )
+    assert len(golden.images) == 4
+    assert (slack > open_bundle(exported).manifest.golden_tolerance).all()
+
+
+def test_an_unguarded_run_is_refused_and_recorded_when_allowed(
+    tmp_path: Path, quick: Callable[..., Path]
+) -> None:
+    run = write_run(tmp_path / "run", verdict="not guarded")
+    with pytest.raises(CheckError, match=r"not guarded \(ASR 40 % > 5 %\).*--allow-unguarded"):
+        quick(run, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    bundle = quick(run, tmp_path / "bundle", allow_unguarded=True)
+    manifest = open_bundle(bundle).manifest
+    assert (manifest.verdict, manifest.allow_unguarded) == ("not guarded", True)
+    assert manifest.reasons == ("ASR 40 % > 5 %",)
+    assert "**Verdict: not guarded.**\n- ASR 40 %" in (bundle / "README.md").read_text()
+
+
+def test_an_existing_bundle_is_replaced_by_force_only(
+    tiny_run: Path, tmp_path: Path, quick: Callable[..., Path]
+) -> None:
+    out = quick(PurifyRun.open(tiny_run), tmp_path / "bundle")
+    (out / "stray.txt").write_text("x")
+    with pytest.raises(InputError, match="--force"):
+        quick(tiny_run, out)
+    quick(tiny_run, out, force=True)
+    assert open_bundle(out).labels == CLASSES
+
+
+def test_force_never_replaces_the_run_or_a_strangers_folder(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path]
+) -> None:
+    before = contents(own_run)
+    for out in (own_run, tmp_path):
+        with pytest.raises(InputError, match="holds the run"):
+            quick(own_run, out, force=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match="is no bundle"):
+        quick(own_run, tmp_path / "photos", force=True)
+    assert contents(own_run) == before
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_an_interrupted_export_leaves_nothing_and_starts_over(
+    tiny_run: Path, tmp_path: Path, quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "card", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick(tiny_run, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    (tmp_path / ".bundle.partial" / "left-over").write_text("x")
+    assert open_bundle(quick(tiny_run, tmp_path / "bundle")).labels == CLASSES
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heads.safetensors",
+        "metrics.json",
+        "model.safetensors",
+        "prompts.safetensors",
+        "run.json",
+        "samples.npz",
+        "triggers.safetensors",
+    ],
+)
+def test_a_run_with_a_missing_or_broken_file_is_refused(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path], name: str
+) -> None:
+    data = (own_run / name).read_bytes()
+    (own_run / name).unlink()
+    with pytest.raises(InputError, match=name):
+        quick(own_run, tmp_path / "bundle")
+    if name != "prompts.safetensors":  # it is carried along, not read
+        (own_run / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match=name):
+            quick(own_run, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("heads.safetensors", "run.json"),
+        ("model.safetensors", "run.json"),
+        ("samples.npz", r"\(N, 32, 32, 3\)"),
+    ],
+)
+def test_pieces_of_another_run_do_not_fit(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path], other: str, named: str
+) -> None:
+    stranger = write_run(tmp_path / "stranger", small_clips.RESNET, suspected=False)
+    (own_run / other).write_bytes((stranger / other).read_bytes())
+    with pytest.raises(InputError, match=named):
+        quick(own_run, tmp_path / "bundle")
+
+
+def test_progress_is_told(tiny_run: Path, tmp_path: Path, quick: Callable[..., Path]) -> None:
+    told: list[str] = []
+    quick(tiny_run, tmp_path / "bundle", progress=told.append)
+    assert told[0] == "reading the run"
+    assert "comparing it with torch on 40 images" in told
+
+
+def test_the_card_shows_names_as_they_are(exported: Path) -> None:
+    text = (exported / "README.md").read_text()
+    assert r"apple, \*bold\* \| \[pipe\]\(x\), banana, dog, naïve été" in text
+    assert escaped("a\n# b\u202e<script>") == r"a \# b \<script\>"
+
+
+def test_verifying_needs_no_torch(exported: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'open_clip', 'onnx'): sys.modules[name] = None\n"
+        "from cbpt_guard.export import verify\n"
+        "print(len(verify(sys.argv[1]).checks))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
