@@ -24,7 +24,7 @@ def check_output(out: Path, force: bool) -> None:
         InputError: something is there already.
         SetupError: its parent cannot be made or written.
     """
-    if (out.exists() or out.is_symlink()) and not force:
+    if _is_there(out) and not force:
         raise InputError(f"{out} exists already; pass `--force` to replace it or `--out` to write elsewhere")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, not a folder; move it away or pass another `--out`")
@@ -83,15 +83,19 @@ def _locked(partial: Path) -> Iterator[None]:
 def _replace(partial: Path, out: Path) -> None:
     """Move `partial` to `out`; what was there stays whole until the new one is in place."""
     (partial / _LOCK).unlink()
-    if not out.exists():
+    if not _is_there(out):
         partial.rename(out)
         return
     old = out.parent / f".{out.name}.old"
-    if old.exists():
-        shutil.rmtree(old)
+    if _is_there(old):
+        _remove(old)
     out.rename(old)
     partial.rename(out)
-    shutil.rmtree(old)
+    _remove(old)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link to nowhere is there, too
 
 
 def _remove(path: Path) -> None:

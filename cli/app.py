@@ -19,9 +19,7 @@ from cbpt_guard.errors import CbptGuardError
 _BUG, _INTERRUPTED, _TERMINATED = 70, 130, 143
 _NEEDS_EXTRA = {
     "onnxruntime": "cpu",
-    **dict.fromkeys(
-        ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"
-    ),
+    **dict.fromkeys(("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"),
 }
 
 
@@ -59,9 +57,7 @@ class Commands(TyperGroup):
             if hasattr(error, "exit_code"):  # typer's own: usage errors, typer.Exit
                 raise
             note(traceback.format_exc())
-            note(
-                f"this is a bug of cbpt-guard ({type(error).__name__}); please report it with the lines above"
-            )
+            note(f"this is a bug of cbpt-guard ({type(error).__name__}); please report it with the lines above")
             raise typer.Exit(_BUG) from error
 
 
@@ -91,9 +87,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
 

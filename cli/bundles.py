@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cbpt_guard.cli.show import note, plain
+
+from cbpt_guard.cli.show import note, outline, plain
 
 
 def export(
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="Write an ONNX bundle (the only form, and the default).")
-    ] = True,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX bundle (the only form, and the default).")] = True,
     run: Annotated[Path, typer.Option(help="The run directory of `purify`.")] = Path("purified"),
     out: Annotated[Path, typer.Option(help="The bundle to make.")] = Path("bundle"),
     opset: Annotated[int, typer.Option(help="The ONNX opset.")] = 18,
@@ -42,9 +41,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also check the graph itself (purify extra).")] = False,
     digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="With --deep: compare with torch on this run's samples.")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="With --deep: compare with torch on this run's samples.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The checks on stdout as JSON.")] = False,
 ) -> None:
     """Check a bundle against its manifest and its own golden answers; a mismatch exits 1."""
@@ -70,10 +67,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print what a run directory or a bundle says of itself."""
-    from cbpt_guard.inspection import describe
-    from cbpt_guard.inspection import inspect as look
+    from cbpt_guard import inspection
 
-    found = look(path)
-    sys.stdout.write(
-        json.dumps(found, indent=1, ensure_ascii=True) + "\n" if as_json else plain(describe(found)) + "\n"
-    )
+    found = inspection.inspect(path)
+    text = json.dumps(found, indent=1) if as_json else plain("\n".join(outline(found)))
+    sys.stdout.write(text + "\n")

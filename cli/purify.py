@@ -19,32 +19,22 @@ _MOST_CLASSES = 12
 
 def purify(
     model: Annotated[Path, typer.Option(help="The suspect: a checkpoint file or an open_clip folder.")],
-    data: Annotated[
-        Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")
-    ],
+    data: Annotated[Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")],
     out: Annotated[Path, typer.Option(help="The run directory to make.")] = Path("purified"),
     classes: Annotated[
         Path | None,
         typer.Option(help="UTF-8 lines: folder<TAB>name renames, a line without TAB adds a class."),
     ] = None,
-    template: Annotated[
-        str, typer.Option(help="The prompt, with {} for the class name.")
-    ] = "a photo of a {}.",
+    template: Annotated[str, typer.Option(help="The prompt, with {} for the class name.")] = "a photo of a {}.",
     shots: Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")] = None,
     settings: Annotated[Path | None, typer.Option(help="The recipe's numbers, a TOML file.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     triggered: Annotated[Path | None, typer.Option(help="A folder of observed attack images.")] = None,
-    reuse: Annotated[
-        Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")
-    ] = False,
-    arch: Annotated[
-        str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")
-    ] = None,
+    reuse: Annotated[Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    arch: Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")] = None,
     quickgelu: Annotated[bool | None, typer.Option(help="Whether the towers use QuickGELU.")] = None,
     preprocess: Annotated[
         str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")
@@ -52,9 +42,7 @@ def purify(
     tokenizer: Annotated[Path | None, typer.Option(help="A folder with the tokenizer's files.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record and the metrics on stdout.")] = False,
 ) -> None:
     """Purify a suspect: invert its trigger, tune class-wise prompts, judge the guard.
@@ -162,9 +150,7 @@ def _show_triggers(metrics: RunMetrics) -> None:
         for t in metrics.triggers
     ]
     rule = ("images", "ASR before", "ASR after", "ASR prompts", "PA before", "PA after", "PA prompts")
-    table(
-        "under each trigger, in %; `prompts` is the paper's rule on the same heads", ("trigger", *rule), rows
-    )
+    table("under each trigger, in %; `prompts` is the paper's rule on the same heads", ("trigger", *rule), rows)
 
 
 def _show_classes(metrics: RunMetrics, suspects: list[str]) -> None:

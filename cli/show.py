@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,15 +21,24 @@ _WIDTH_OFF_TERMINAL = 120
 
 def plain(text: str) -> str:
     """`text` without anything that a terminal would obey: class names and paths come from strangers."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def note(text: str) -> None:
     """One message on stderr."""
     sys.stderr.write(plain(text).rstrip("\n") + "\n")
     sys.stderr.flush()
+
+
+def outline(value: Any, depth: int = 0) -> Iterator[str]:
+    """Nested JSON values as indented `name: value` lines."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, item in pairs:
+        if isinstance(item, dict | list) and item:
+            yield f"{'  ' * depth}{name}:"
+            yield from outline(item, depth + 1)
+        else:
+            yield f"{'  ' * depth}{name}: {'-' if item in (None, [], {}) else item}"
 
 
 def percent(share: float | None) -> str:

@@ -24,7 +24,7 @@ _CARD = """\
 | clean accuracy, guarded | {guarded} |
 | worst found-trigger attack success rate, guarded | {asr} |
 | flagged, clean images | {flagged_clean} |
-| flagged, images under found triggers | {flagged_found} |
+| flagged, images under the found trigger that is missed most | {flagged_found} |
 | largest logit difference of the ONNX file against torch | {difference:.2g} (bound {bound:.2g}) |
 
 Found triggers are those that inversion found; an attack that differs from all of them may do better.

@@ -64,9 +64,7 @@ def _check_doors(model: onnx.ModelProto, graph: Graph) -> None:
     inputs = [value.name for value in model.graph.input if value.name not in initial]
     outputs = tuple(value.name for value in model.graph.output)
     if inputs != [graph.input] or outputs != graph.outputs:
-        raise BundleError(
-            f"the graph's doors are {inputs} and {outputs}, expected {graph.input!r}, {graph.outputs}"
-        )
+        raise BundleError(f"the graph's doors are {inputs} and {outputs}, expected {graph.input!r}, {graph.outputs}")
     for value in (*model.graph.input, *model.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         if not dimensions or not dimensions[0].dim_param:

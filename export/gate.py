@@ -14,6 +14,7 @@ from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError
 from cbpt_guard.images import Pixels
 from cbpt_guard.manifest import Gate
+from cbpt_guard.metrics import attack_success_rate, clean_accuracy
 from cbpt_guard.session import Session
 
 _CHUNK = 128
@@ -21,33 +22,34 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class Measured:
-    """The gate's numbers, and how often the flag fired; shares in [0, 1], None without found triggers."""
+    """The gate's numbers, and how often the flag fired on clean images and under the trigger it misses most.
+
+    Shares in [0, 1]; None without found triggers.
+    """
 
     gate: Gate
     flagged_clean: float
     flagged_found: float | None
 
 
-def measure_gate(
-    session: Session, images: Pixels, labels: npt.NDArray[np.int64], bank: TriggerBank
-) -> Measured:
+def measure_gate(session: Session, images: Pixels, labels: npt.NDArray[np.int64], bank: TriggerBank) -> Measured:
     """Clean accuracy of both heads and worst found-trigger ASR on images uint8 (N, S, S, 3), labels (N,)."""
     clean = session.run(images)
-    answers, flags = [], []
+    rates, flags = [], []
     for trigger in bank:
         others = images[labels != trigger.target]
         if len(others):
             outputs = session.run(triggered(others, trigger))
-            answers.append(float((outputs.logits.argmax(axis=1) == trigger.target).mean()))
-            flags.append(outputs.triggered)
+            predicted, truth = outputs.logits.argmax(axis=1), labels[labels != trigger.target]
+            rates.append(attack_success_rate(predicted, truth, trigger.target))
+            flags.append(float(outputs.triggered.mean()))
     gate = Gate(
         images=len(images),
-        clean_accuracy=float((clean.logits.argmax(axis=1) == labels).mean()),
-        clean_accuracy_original=float((clean.logits_original.argmax(axis=1) == labels).mean()),
-        found_trigger_asr=max(answers, default=None),
+        clean_accuracy=clean_accuracy(clean.logits.argmax(axis=1), labels),
+        clean_accuracy_original=clean_accuracy(clean.logits_original.argmax(axis=1), labels),
+        found_trigger_asr=max(rates, default=None),
     )
-    flagged_found = float(np.concatenate(flags).mean()) if flags else None
-    return Measured(gate, float(clean.triggered.mean()), flagged_found)
+    return Measured(gate, float(clean.triggered.mean()), min(flags, default=None))
 
 
 def check_gate(gate: Gate, bounds: VerdictSettings) -> None:

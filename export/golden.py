@@ -6,23 +6,24 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from cbpt_guard.export.parity import decision_slack, parity_bound
 
 from cbpt_guard.bundle import Golden
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.errors import CheckError
+from cbpt_guard.export.parity import decision_slack, parity_bound
 from cbpt_guard.images import Pixels
 from cbpt_guard.session import Session
 
-_WIDER: Final = 20
+_WIDER: Final = 10
 _COUNT, _POOL, _SEED = 4, 64, 0
 
 
 def golden_tolerance(head: GuardedHead) -> float:
-    """How far, in logits, another processor may be off: 0.02 at CLIP's scale of 100.
+    """How far, in logits, another processor may be off: 0.05 at CLIP's scale of 100.
 
-    Other processors add in another order and other kernels round elsewhere, which grows with depth: twenty
-    times the bound of this machine leaves room for that, while half precision and TF32 stay outside.
+    Other processors add in another order and other kernels round elsewhere, which grows with depth: ten times
+    the bound of this machine leaves room for that. TF32 and half precision, whose numbers no gate has seen,
+    were measured at twice the tolerance in the median (MobileNetV2), so a self-test over several images fails.
     """
     return _WIDER * parity_bound(head)
 
@@ -40,9 +41,7 @@ def make_golden(session: Session, head: GuardedHead) -> Golden:
     clearest = np.argsort(-slack, kind="stable")[:_COUNT]
     images = pool[np.sort(clearest[slack[clearest] > golden_tolerance(head)])]
     if len(images) == 0:
-        raise CheckError(
-            "every golden picture lies at a tie or a threshold of the graph; no self-test is possible"
-        )
+        raise CheckError("every golden picture lies at a tie or a threshold of the graph; no self-test is possible")
     outputs = session.run(images)
     return Golden(images, outputs.logits, outputs.logits_original, outputs.triggered)
 

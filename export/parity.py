@@ -7,17 +7,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from cbpt_guard.export.graph import GuardedGraph
 from torch import Tensor
 
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.errors import CheckError
+from cbpt_guard.export.graph import GuardedGraph
 from cbpt_guard.images import Pixels
 from cbpt_guard.manifest import Parity
 from cbpt_guard.session import Outputs, Session
 
-RELATIVE_BOUND: Final = 1e-5
-"""Of the logit scale: 1e-3 logits at CLIP's 100, where float32 itself costs 4e-5, a wrong graph units."""
+RELATIVE_BOUND: Final = 5e-5
+"""Of the logit scale: 5e-3 logits at CLIP's 100. float32 itself costs 2e-6 on a MobileNetV2, TF32 1e-3."""
 
 _BATCH = 32
 _OTHER_BATCHES = (1, 2, 5)
@@ -47,11 +47,12 @@ def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Par
     for part, batch in runs:
         found, count = session.run(part, batch), len(part)
         expected = Outputs(*(column[:count] for column in wanted))
-        difference = _difference(found, expected, decided[:count], graph.head.original.scale)
-        if not difference <= bound:  # also when it is NaN
+        difference = _logit_difference(found, expected, decided[:count])
+        moved = graph.head.original.scale * _embedding_difference(found, expected)
+        if not max(difference, moved) <= bound or np.isnan([difference, moved]).any():
             raise CheckError(
-                f"the ONNX file differs from torch by {difference:.3g} logits in batches of {batch}; "
-                f"at most {bound:.3g} are allowed, so nothing was written"
+                f"the ONNX file differs from torch by {difference:.3g} logits, and by {moved:.3g} through its "
+                f"embedding, in batches of {batch}; at most {bound:.3g} is allowed"
             )
         if not np.array_equal(found.triggered[decided[:count]], expected.triggered[decided[:count]]):
             raise CheckError(f"the ONNX file's flags differ from torch's in batches of {batch}")
@@ -82,8 +83,12 @@ def decision_slack(head: GuardedHead, embedding: npt.NDArray[np.float32]) -> npt
     return slack.numpy().astype(np.float32, copy=False)
 
 
-def _difference(found: Outputs, wanted: Outputs, decided: npt.NDArray[np.bool_], scale: float) -> float:
-    embedding = scale * np.linalg.norm(found.embedding - wanted.embedding, axis=1)
+def _logit_difference(found: Outputs, wanted: Outputs, decided: npt.NDArray[np.bool_]) -> float:
     original = np.abs(found.logits_original - wanted.logits_original)
     guarded = np.abs(found.logits[decided] - wanted.logits[decided])
-    return float(np.max([embedding.max(), original.max(), guarded.max(initial=0)]))
+    return float(np.max([original.max(), guarded.max(initial=0)]))
+
+
+def _embedding_difference(found: Outputs, wanted: Outputs) -> float:
+    """What it can cost a unit row of any head, before the scale."""
+    return float(np.linalg.norm(found.embedding - wanted.embedding, axis=1).max())

@@ -7,15 +7,14 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from cbpt_guard.export.graph import GuardedGraph
 from pydantic import ValidationError
 
-from cbpt_guard.defense.clip import ImageEncoder
 from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.head import GuardedHead
-from cbpt_guard.defense.run import HEADS, MODEL, PROMPTS, RECORD, SAMPLES, TRIGGERS, PurifyRun
+from cbpt_guard.defense.run import HEADS, PROMPTS, RECORD, SAMPLES, TRIGGERS, PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import InputError
+from cbpt_guard.export.graph import GuardedGraph
 from cbpt_guard.images import Pixels
 
 
@@ -38,20 +37,13 @@ def read_parts(run: PurifyRun) -> Parts:
     """
     if not (run.path / PROMPTS).is_file():
         raise InputError(f"{run.path / PROMPTS} is missing: {run.path} is no finished run")
-    graph = GuardedGraph(_encoder(run), run.head())
+    graph = GuardedGraph(run.image_encoder(), run.head())
     images, labels = _samples(run)
     parts = Parts(graph, images, labels, run.bank(), _bounds(run))
     _check_head(run, graph.head)
     _check_samples(run, parts)
     _check_bank(run, parts)
     return parts
-
-
-def _encoder(run: PurifyRun) -> ImageEncoder:
-    try:
-        return run.image_encoder()
-    except RuntimeError as error:
-        raise InputError(f"{run.path / MODEL} does not fit {RECORD}: {str(error)[:300]}") from error
 
 
 def _samples(run: PurifyRun) -> tuple[Pixels, npt.NDArray[np.int64]]:

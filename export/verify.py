@@ -71,9 +71,7 @@ def verify(
     return VerifyReport(bundle.digest, tuple(checks))
 
 
-def _check_golden(
-    path: str | os.PathLike[str], bundle: OpenedBundle, golden: Golden, precision: str
-) -> Check:
+def _check_golden(path: str | os.PathLike[str], bundle: OpenedBundle, golden: Golden, precision: str) -> Check:
     guard = GuardedClassifier.load(path, digest=bundle.digest, precision=precision, check=False)
     return _compared(
         f"golden {precision}", len(golden.images), guard.self_test(golden), bundle.manifest.golden_tolerance

@@ -11,14 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from cbpt_guard.export.card import card
-from cbpt_guard.export.checks import check_graph
-from cbpt_guard.export.gate import Measured, check_gate, measure_gate
-from cbpt_guard.export.golden import golden_tolerance, make_golden, save_golden
-from cbpt_guard.export.graph import check_opset, to_onnx
-from cbpt_guard.export.parity import measure_parity
-from cbpt_guard.export.parts import Parts, read_parts
-
 import cbpt_guard
 from cbpt_guard.bundle import (
     CARD,
@@ -34,6 +26,13 @@ from cbpt_guard.bundle import (
 from cbpt_guard.defense.run import PROMPTS as RUN_PROMPTS
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.errors import CheckError, InputError
+from cbpt_guard.export.card import card
+from cbpt_guard.export.checks import check_graph
+from cbpt_guard.export.gate import Measured, check_gate, measure_gate
+from cbpt_guard.export.golden import golden_tolerance, make_golden, save_golden
+from cbpt_guard.export.graph import check_opset, to_onnx
+from cbpt_guard.export.parity import measure_parity
+from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.files import staged
 from cbpt_guard.manifest import Graph, Manifest, ModelEntry, Parity, RuleEntry, Variant
 from cbpt_guard.session import Session
@@ -79,9 +78,7 @@ def export(
     return target
 
 
-def _write(
-    run: PurifyRun, folder: Path, opset: int, allow_unguarded: bool, progress: Callable[[str], None]
-) -> None:
+def _write(run: PurifyRun, folder: Path, opset: int, allow_unguarded: bool, progress: Callable[[str], None]) -> None:
     progress("reading the run")
     parts = read_parts(run)
     head, size = parts.graph.head, run.record.model.preprocess.size
@@ -97,13 +94,9 @@ def _write(
     if not allow_unguarded:
         check_gate(measured.gate, parts.bounds)
     progress("writing the bundle")
-    manifest = _manifest(
-        run, parts, doors=doors, parity=parity, measured=measured, allow_unguarded=allow_unguarded
-    )
+    manifest = _manifest(run, parts, doors=doors, parity=parity, measured=measured, allow_unguarded=allow_unguarded)
     (folder / MODEL).write_bytes(data)
-    (folder / LABELS).write_text(
-        json.dumps(head.classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / LABELS).write_text(json.dumps(head.classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     save_golden(make_golden(session, head), folder / GOLDEN)
     shutil.copyfile(run.path / RUN_PROMPTS, folder / PROMPTS)
     (folder / CARD).write_text(card(manifest, head.classes), encoding="utf-8")

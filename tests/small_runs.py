@@ -9,7 +9,6 @@ import numpy as np
 import small_clips
 import torch
 import torch.nn.functional as F
-from cbpt_guard.export.golden import draw
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from cbpt_guard.defense.record import (
     Verdict,
 )
 from cbpt_guard.defense.settings import Settings
+from cbpt_guard.export.golden import draw
 from cbpt_guard.images import Preprocess
 from cbpt_guard.manifest import VerdictName
 
@@ -51,9 +51,7 @@ def write_run(
     images = torch.from_numpy(draw(size, 40))
     trigger = _patch(size)
     head, labels = _head(encoder, images, trigger, rule=rule, suspected=suspected)
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
-    )
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     np.savez(folder / "samples.npz", images=images.numpy(), labels=labels.numpy())
     head.save(folder / "heads.safetensors")
     TriggerBank((trigger,)).save(folder / "triggers.safetensors")
@@ -80,7 +78,9 @@ def _head(
     rows = clean[: len(CLASSES)].clone()
     rows[TARGET] = attacked.mean(0)
     common = F.normalize(clean.mean(0), dim=0)
-    rows = F.normalize(rows - (rows @ common)[:, None] * common, dim=1)  # what all random features share decides nothing
+    rows = F.normalize(
+        rows - (rows @ common)[:, None] * common, dim=1
+    )  # what all random features share decides nothing
     original, guarded = Head(rows, 100.0), Head(F.normalize(rows + 0.3 * rows.roll(1, 0), dim=1), 100.0)
     test = TriggerTest.none(len(CLASSES), rows.shape[1])
     if suspected:
@@ -89,9 +89,7 @@ def _head(
     return GuardedHead(original, guarded, test, CLASSES, rule), original.logits(clean).argmax(1)
 
 
-def _record(
-    config: dict[str, Any], preprocess: Preprocess, head: GuardedHead, verdict: VerdictName
-) -> RunRecord:
+def _record(config: dict[str, Any], preprocess: Preprocess, head: GuardedHead, verdict: VerdictName) -> RunRecord:
     suspects = tuple(
         Suspect(label=CLASSES[i], index=i, threshold=head.test.thresholds[i].item()) for i in head.suspects
     )

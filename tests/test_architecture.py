@@ -58,28 +58,21 @@ def test_inference_from_shapes(name: str, group: list[str]) -> None:
 
 def test_inference_does_not_mind_the_text_prefix() -> None:
     old = {name.removeprefix("text."): value for name, value in on_meta("ViT-B-16-plus-240").items()}
-    new = {
-        f"text.{name}" if not name.startswith(("visual", "logit")) else name: value
-        for name, value in old.items()
-    }
+    new = {f"text.{name}" if not name.startswith(("visual", "logit")) else name: value for name, value in old.items()}
     assert list(fit.candidates(old)) == list(fit.candidates(new)) == ["ViT-B-16-plus-240"]
 
 
 def test_a_missing_key_names_the_nearest_architecture() -> None:
     found = on_meta("ViT-B-32")
     del found["visual.ln_post.bias"]
-    with pytest.raises(
-        CheckpointError, match=r"nearest is ViT-B-32[-a-z]*: missing: visual\.ln_post\.bias\."
-    ):
+    with pytest.raises(CheckpointError, match=r"nearest is ViT-B-32[-a-z]*: missing: visual\.ln_post\.bias\."):
         fit.candidates(found)
 
 
 def test_another_shape_names_the_nearest_architecture() -> None:
     found = on_meta("RN50")
     found["visual.attnpool.positional_embedding"] = torch.empty(82, 2048, device="meta")
-    with pytest.raises(
-        CheckpointError, match=r"nearest is RN50.*positional_embedding \(82, 2048\) instead of"
-    ):
+    with pytest.raises(CheckpointError, match=r"nearest is RN50.*positional_embedding \(82, 2048\) instead of"):
         fit.candidates(found)
 
 
@@ -144,9 +137,7 @@ def test_arch_takes_a_file_bare_or_wrapped(tensors: dict[str, Tensor], tmp_path:
 def test_a_name_with_a_twin_leaves_the_activation_open(arch: str, open_quantity: bool) -> None:
     read = checkpoint(on_meta("ViT-B-32"))
     if open_quantity:
-        with pytest.raises(
-            InputError, match=r"quickgelu \(GELU, QuickGELU\): set `--quickgelu` or `--no-quickgelu`"
-        ):
+        with pytest.raises(InputError, match=r"quickgelu \(GELU, QuickGELU\): set `--quickgelu` or `--no-quickgelu`"):
             resolve_model(read, arch=arch, preprocess="openai")
     else:
         assert resolve_model(read, arch=arch, preprocess="openai").resolved["quickgelu"] == "--arch"
@@ -185,20 +176,14 @@ def test_accuracy_that_does_not_decide_stops_with_the_numbers() -> None:
     def judge(spec: ModelSpec) -> Accuracy:
         return Accuracy(0.52 if spec.quickgelu else 0.5, 1000)
 
-    with pytest.raises(
-        InputError, match=r"`--quickgelu` or `--no-quickgelu`; clean accuracy: GELU 50\.0 %, QuickG"
-    ):
+    with pytest.raises(InputError, match=r"`--quickgelu` or `--no-quickgelu`; clean accuracy: GELU 50\.0 %, QuickG"):
         resolve_model(checkpoint(on_meta("ViT-B-32")), preprocess="openai", judge=judge)
 
 
 def test_image_size_that_shapes_do_not_show_is_asked_for() -> None:
-    with pytest.raises(
-        InputError, match=r"architecture \(256 px, 320 px\): set `--arch` \(convnext_base_w, conv"
-    ):
+    with pytest.raises(InputError, match=r"architecture \(256 px, 320 px\): set `--arch` \(convnext_base_w, conv"):
         resolve_model(checkpoint(on_meta("convnext_base_w")), preprocess="openai")
-    spec = resolve_model(
-        checkpoint(on_meta("convnext_base_w")), arch="convnext_base_w_320", preprocess="openai"
-    )
+    spec = resolve_model(checkpoint(on_meta("convnext_base_w")), arch="convnext_base_w_320", preprocess="openai")
     assert spec.preprocess.size == spec.config["vision_cfg"]["image_size"] == 320
 
 

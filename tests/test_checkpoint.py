@@ -130,9 +130,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
 
 def test_foreign_hugging_face_layout_is_refused(tmp_path: Path) -> None:
     tensors = {**hugging_face(weights(VIT)), "vision_model.head.probe": torch.ones(1)}
-    with pytest.raises(
-        CheckpointError, match=r"vision_model\.head\.probe is no part of Hugging Face's CLIPModel"
-    ):
+    with pytest.raises(CheckpointError, match=r"vision_model\.head\.probe is no part of Hugging Face's CLIPModel"):
         read_here(save(tensors, tmp_path / "x.pt"))
 
 
@@ -228,8 +226,7 @@ def test_flipped_bytes_give_a_report_and_finite_values(legacy: bool, tmp_path: P
         path.write_bytes(forged)
         if "form" in reader.report_on(path):
             assert all(
-                value.isfinite().all()
-                for value in safetensors.torch.load_file(tmp_path / reader.OUTPUT).values()
+                value.isfinite().all() for value in safetensors.torch.load_file(tmp_path / reader.OUTPUT).values()
             )
 
 
@@ -317,16 +314,14 @@ def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     script = "import sys; from pathlib import Path; from cbpt_guard.defense.sandbox import *\n"
     script += f"run_confined({reader.__name__!r}, Path(sys.argv[1]), 1, Limits(seconds=60))"
     environment = {**os.environ, "PYTHONPATH": str(Path(reader.__file__).parents[2])}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(endless(tmp_path / "x.pt"))], env=environment
-    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(endless(tmp_path / "x.pt"))], env=environment)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     child = ""
-    while not child or b"reader" not in Path(f"/proc/{child}/cmdline").read_bytes():
+    while not child or "NoNewPrivs:\t1" not in Path(f"/proc/{child}/status").read_text(encoding="ascii"):
         assert parent.poll() is None
         time.sleep(0.05)
         child = children.read_text(encoding="ascii").strip()
-    parent.kill()
+    parent.kill()  # the child has confined itself and reads by now
     parent.wait()
     start = time.monotonic()
     while _runs(int(child)):

@@ -15,9 +15,6 @@ import onnx
 import pytest
 import small_clips
 import torch
-from cbpt_guard.export import export, gate, graph, parity, write
-from cbpt_guard.export.card import escaped
-from cbpt_guard.export.parts import Parts, read_parts
 from small_runs import CLASSES, TARGET, write_run
 
 from cbpt_guard import GuardedClassifier
@@ -27,6 +24,9 @@ from cbpt_guard.defense.head import LEFT_OUT, TriggerTest
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError, InputError
+from cbpt_guard.export import export, gate, graph, parity, write
+from cbpt_guard.export.card import escaped
+from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.images import Preprocess
 from cbpt_guard.manifest import Gate
 from cbpt_guard.session import Outputs, Session
@@ -81,9 +81,7 @@ def test_onnx_answers_as_torch_in_every_batch(parts: Parts, session: Session, ba
     same(session.run(images, batch), wanted)
 
 
-def test_the_switch_leaves_the_target_out_and_every_other_image_untouched(
-    parts: Parts, session: Session
-) -> None:
+def test_the_switch_leaves_the_target_out_and_every_other_image_untouched(parts: Parts, session: Session) -> None:
     outputs = session.run(np.concatenate([parts.images, attacked(parts)]))
     fired = outputs.triggered
     assert fired.sum() > 30
@@ -91,37 +89,30 @@ def test_the_switch_leaves_the_target_out_and_every_other_image_untouched(
     assert np.array_equal(outputs.logits[~fired], outputs.logits_original[~fired])
 
 
-def test_nothing_suspected_changes_no_bit(parts: Parts) -> None:
+def test_nothing_suspected_changes_no_bit_at_a_higher_opset_either(parts: Parts) -> None:
     head = parts.graph.head
-    innocent = replace(head, test=TriggerTest.none(*head.original.rows.shape))
-    outputs = session_of(replace(parts, graph=graph.GuardedGraph(parts.graph.encoder, innocent))).run(
-        attacked(parts)
-    )
+    innocent = graph.GuardedGraph(parts.graph.encoder, replace(head, test=TriggerTest.none(*head.original.rows.shape)))
+    outputs = session_of(replace(parts, graph=innocent), opset=23).run(attacked(parts))
+    same(outputs, parity.torch_outputs(innocent, attacked(parts)))
     assert not outputs.triggered.any()
     assert np.array_equal(outputs.logits, outputs.logits_original)
 
 
-def test_the_papers_rule_and_a_resnet(tmp_path: Path) -> None:
-    run = PurifyRun.open(write_run(tmp_path / "run", small_clips.RESNET, rule="prompts"))
-    parts = read_parts(run)
-    session = session_of(parts)
-    assert parity.measure_parity(parts.graph, session, parts.images).max_logit_difference < 1e-3
-    images = attacked(parts)
-    outputs = session.run(images)
-    same(outputs, parity.torch_outputs(parts.graph, images))
-    assert outputs.triggered.any()
-    assert (outputs.logits != outputs.logits_original).any(axis=1).all()
-
-
-def test_a_higher_opset_and_a_silent_exporter(
-    parts: Parts, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_resnet_by_the_papers_rule_and_a_silent_exporter(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    levels = [logging.getLogger(name).level for name in ("torch", "onnxscript")]
-    session = session_of(parts, opset=23)
-    same(session.run(attacked(parts)), parity.torch_outputs(parts.graph, attacked(parts)))
+    parts = read_parts(PurifyRun.open(write_run(tmp_path / "run", small_clips.RESNET, rule="prompts")))
+    levels = [logging.getLogger(name).level for name in graph._NOISY]
+    capfd.readouterr()
+    session = session_of(parts)
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
-    assert [logging.getLogger(name).level for name in ("torch", "onnxscript")] == levels
+    assert [logging.getLogger(name).level for name in graph._NOISY] == levels
+    assert parity.measure_parity(parts.graph, session, parts.images).max_logit_difference < 1e-3
+    outputs = session.run(attacked(parts))
+    same(outputs, parity.torch_outputs(parts.graph, attacked(parts)))
+    assert outputs.triggered.any()
+    assert (outputs.logits != outputs.logits_original).any(axis=1).all()
 
 
 def test_no_trace_of_this_machine(exported: Path, tiny_run: Path) -> None:
@@ -183,9 +174,7 @@ def test_parity_sees_a_wrong_flag(parts: Parts, session: Session) -> None:
 
     class SameLogits:
         def run(self, pixels: np.ndarray, batch: int) -> Outputs:
-            return Outputs(*(column[: len(pixels)] for column in right))._replace(
-                triggered=np.ones(len(pixels), bool)
-            )
+            return Outputs(*(column[: len(pixels)] for column in right))._replace(triggered=np.ones(len(pixels), bool))
 
     with pytest.raises(CheckError, match="flags differ"):
         parity.measure_parity(wrong, SameLogits(), attacked(parts))  # type: ignore[arg-type]
@@ -303,21 +292,17 @@ def test_the_manifest_says_where_it_comes_from(exported: Path, tiny_run: Path) -
         *("python", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
     }
     found = manifest.variants["fp32"].parity
-    assert 0 < found.max_logit_difference <= found.bound == 1e-3 < manifest.golden_tolerance
+    assert 0 < found.max_logit_difference <= found.bound == 5e-3 < manifest.golden_tolerance
 
 
 def test_golden_inputs_are_drawn_not_taken_and_keep_their_distance(exported: Path, parts: Parts) -> None:
     golden = load_golden((exported / "golden.npz").read_bytes())
-    slack = parity.decision_slack(
-        parts.graph.head, parity.torch_outputs(parts.graph, golden.images).embedding
-    )
+    slack = parity.decision_slack(parts.graph.head, parity.torch_outputs(parts.graph, golden.images).embedding)
     assert len(golden.images) == 4
     assert (slack > open_bundle(exported).manifest.golden_tolerance).all()
 
 
-def test_an_unguarded_run_is_refused_and_recorded_when_allowed(
-    tmp_path: Path, quick: Callable[..., Path]
-) -> None:
+def test_an_unguarded_run_is_refused_and_recorded_when_allowed(tmp_path: Path, quick: Callable[..., Path]) -> None:
     run = write_run(tmp_path / "run", verdict="not guarded")
     with pytest.raises(CheckError, match=r"not guarded \(ASR 40 % > 5 %\).*--allow-unguarded"):
         quick(run, tmp_path / "bundle")
@@ -401,7 +386,7 @@ def test_a_run_with_a_missing_or_broken_file_is_refused(
     ("other", "named"),
     [
         ("heads.safetensors", "run.json"),
-        ("model.safetensors", "run.json"),
+        ("model.safetensors", "does not fit its architecture"),
         ("samples.npz", r"\(N, 32, 32, 3\)"),
     ],
 )
@@ -434,7 +419,5 @@ def test_verifying_needs_no_torch(exported: Path) -> None:
         "from cbpt_guard.export import verify\n"
         "print(len(verify(sys.argv[1]).checks))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(exported)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(exported)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr

@@ -16,7 +16,7 @@ import pytest
 import torch
 from small_clips import VIT, model, save
 
-from cbpt_guard.defense import reader
+from cbpt_guard.defense import reader, torchscript
 from cbpt_guard.defense.checkpoint import read_checkpoint
 from cbpt_guard.errors import UnsafeError
 
@@ -119,9 +119,7 @@ def test_archive_inside_an_archive(tmp_path: Path, canary: Path) -> None:
 
 
 def test_disguised_as_safetensors(tmp_path: Path, canary: Path) -> None:
-    assert_refused(
-        save({"x": CALLS["posix.system"](str(canary))}, tmp_path / "x.safetensors"), "posix.system", canary
-    )
+    assert_refused(save({"x": CALLS["posix.system"](str(canary))}, tmp_path / "x.safetensors"), "posix.system", canary)
 
 
 def test_truncated_but_hostile(tmp_path: Path, canary: Path) -> None:
@@ -138,6 +136,15 @@ def test_inside_a_torchscript_archive(entry: str, tmp_path: Path, canary: Path) 
     path = tmp_path / "x.pt"
     archive(path, entries)
     assert_refused(path, "posix.system", canary)
+
+
+def test_the_torchscript_reader_refuses_by_itself(tmp_path: Path, canary: Path) -> None:
+    hostile = pickle.dumps(CALLS["posix.system"](str(canary)), protocol=2)
+    path = tmp_path / "x.pt"
+    archive(path, {"x/data.pkl": hostile, "x/constants.pkl": b"\x80\x02)."})
+    with pytest.raises(UnsafeError, match=r"asks for posix\.system"):
+        torchscript.load(path)
+    assert not canary.exists()
 
 
 def test_script_names_mean_nothing_outside_a_torchscript_archive(tmp_path: Path, canary: Path) -> None:
@@ -161,9 +168,7 @@ def test_terminal_codes_do_not_reach_the_message(tmp_path: Path) -> None:
 
 def test_through_the_child(tmp_path: Path, canary: Path) -> None:
     path = save({"w": torch.ones(1), "x": CALLS["posix.system"](str(canary))}, tmp_path / "x.pt")
-    with pytest.raises(
-        UnsafeError, match=r"x\.pt: refused, nothing was run: its pickle asks for posix\.system"
-    ):
+    with pytest.raises(UnsafeError, match=r"x\.pt: refused, nothing was run: its pickle asks for posix\.system"):
         read_checkpoint(path)
     assert not canary.exists()
 

@@ -128,9 +128,7 @@ def _fine_tune(
     others = (train.labels != target).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     moving = [value for value in student.model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(
-        moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     toward = torch.full((settings.poisoned,), target)
     for step in range(settings.steps):
@@ -176,9 +174,7 @@ def _report(
     )
 
 
-def _check(
-    clip: FrozenClip, train: LabelledImages, held_out: LabelledImages, trigger: Trigger, target: int
-) -> None:
+def _check(clip: FrozenClip, train: LabelledImages, held_out: LabelledImages, trigger: Trigger, target: int) -> None:
     if train.classes != held_out.classes:
         raise InputError("the attacker's images and the held-out ones have different classes")
     if not 0 <= target < len(train.classes):

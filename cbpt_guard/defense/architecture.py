@@ -115,9 +115,7 @@ def resolve_model(
         "preprocess": _preprocessings(checkpoint, preprocess),
     }
     specs = {
-        choice: _spec(
-            architecture.models, dict(zip(options, choice, strict=True)), options, settled, tokenizer
-        )
+        choice: _spec(architecture.models, dict(zip(options, choice, strict=True)), options, settled, tokenizer)
         for choice in itertools.product(*(range(len(option.values)) for option in options.values()))
     }
     unsettled = {name: option for name, option in options.items() if option.open}
@@ -150,9 +148,7 @@ def _title(config: ModelConfig) -> str:
 def _image_sizes(architecture: _Architecture) -> _Options:
     models = architecture.models
     sizes = sorted({modelconfig.image_size(config) for config in models.values()})
-    return _Options(
-        sizes, architecture.how, f"`--arch` ({', '.join(models)})", [f"{size} px" for size in sizes]
-    )
+    return _Options(sizes, architecture.how, f"`--arch` ({', '.join(models)})", [f"{size} px" for size in sizes])
 
 
 def _activations(checkpoint: ReadCheckpoint, architecture: _Architecture, flag: bool | None) -> _Options:
@@ -187,9 +183,7 @@ def _preprocessings(checkpoint: ReadCheckpoint, flag: str | None) -> _Options:
         return _Options([modelconfig.read_json(Path(flag))], f"--preprocess {Path(flag).name}", settle)
     beside = modelconfig.preprocess_fields((checkpoint.folder_config or {}).get("preprocess_cfg") or {})
     if beside is not None:
-        partial = (
-            "" if {"resize_mode", "interpolation"} <= set(beside) else ", open_clip's defaults for the rest"
-        )
+        partial = "" if {"resize_mode", "interpolation"} <= set(beside) else ", open_clip's defaults for the rest"
         return _Options([beside], BESIDE + partial, settle)
     return _Options([PREPROCESSING[name] for name in _TRIED], "", settle, _TRIED)
 
@@ -201,13 +195,9 @@ def _tokenizer_rule(config: ModelConfig, folder: Path | None) -> str:
     foreign = text.get("hf_tokenizer_name")
     if foreign or text.get("vocab_size", _OPEN_CLIP_VOCABULARY) != _OPEN_CLIP_VOCABULARY:
         reason = (
-            f"uses {foreign}"
-            if foreign
-            else f"has {text['vocab_size']} words, open_clip's own {_OPEN_CLIP_VOCABULARY}"
+            f"uses {foreign}" if foreign else f"has {text['vocab_size']} words, open_clip's own {_OPEN_CLIP_VOCABULARY}"
         )
-        raise InputError(
-            f"this model's tokenizer {reason}: put its files into a folder and pass `--tokenizer FOLDER`"
-        )
+        raise InputError(f"this model's tokenizer {reason}: put its files into a folder and pass `--tokenizer FOLDER`")
     return "open_clip's byte pairs: the vocabulary has their size and the config names no other"
 
 

@@ -77,9 +77,7 @@ def read_checkpoint(path: Path, limits: Limits = Limits()) -> ReadCheckpoint:  #
             sha256, size = _private_copy(path, copy, limits.max_bytes)
             report = run_confined(reader.__name__, copy, size, limits)
             tensors = safetensors.torch.load_file(copy.parent / reader.OUTPUT)
-        floats = {
-            name: value.float() if value.is_floating_point() else value for name, value in tensors.items()
-        }
+        floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
         converted = layouts.to_open_clip(floats)
     except CbptGuardError as error:
         raise type(error)(f"{path.name}: {error}") from error
@@ -100,9 +98,7 @@ def read_checkpoint(path: Path, limits: Limits = Limits()) -> ReadCheckpoint:  #
 def _require_torch() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TORCH:
-        raise SetupError(
-            f"torch {torch.__version__} cannot read an untrusted file safely; `pip install 'torch>=2.10'`"
-        )
+        raise SetupError(f"torch {torch.__version__} cannot read an untrusted file safely; `pip install 'torch>=2.10'`")
 
 
 def _weights_in(folder: Path) -> Path:
@@ -154,9 +150,7 @@ def _open_regular(path: Path) -> int:
 
 def _environment_error(path: Path, error: OSError) -> SetupError:
     if error.errno == errno.ENOSPC:
-        return SetupError(
-            f"{path.name}: no room for a private copy in {tempfile.gettempdir()}; point TMPDIR elsewhere"
-        )
+        return SetupError(f"{path.name}: no room for a private copy in {tempfile.gettempdir()}; point TMPDIR elsewhere")
     return SetupError(f"{path.name}: cannot be read: {error.strerror or error}")
 
 

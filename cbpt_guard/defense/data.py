@@ -19,6 +19,7 @@ from cbpt_guard.images import Preprocess, load_image, prepare
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 _SHOWN = 10
+_FEWEST_TO_SPLIT = 4
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ class Listing:
     files: tuple[tuple[Path, ...], ...]
 
     def drawn(self, shots: int | None, seed: int) -> Listing:
-        """At most `shots` files of each class, drawn by a seed of its own: other classes do not matter."""
+        """At most `shots` files of each class, drawn by a seed of its own: other classes do not matter.
+
+        Raises:
+            InputError: `shots` is below one.
+        """
         if shots is None:
             return self
+        if shots < 1:
+            raise InputError(f"{shots} shots leave no image; pass 1 or more, or none to take all")
         pairs = zip(self.classes, self.files, strict=True)
         return Listing(self.classes, tuple(_draw(files, shots, seed, name) for name, files in pairs))
 
@@ -76,6 +83,9 @@ def list_images(data: Path, classes_file: Path | None = None) -> Listing:
     files = tuple(tuple(paths) for paths in found.values()) + ((),) * len(additions)
     if not any(files):
         raise InputError(f"{data} holds class folders but no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if sum(map(bool, files)) < 2:
+        shown = next(name for name, paths in zip(names, files, strict=True) if paths)
+        raise InputError(f"{data} holds images of one class only ({shown!r}); a trigger is sought on others' images")
     return Listing(tuple(names), files)
 
 
@@ -102,6 +112,8 @@ def load_images(
         raise InputError(_describe_bad(bad))
     if not images:
         raise InputError(f"none of the {len(items)} images can be read; the first: {bad[0]}")
+    if bad and len(set(labels)) < min(2, len(listing.classes)):
+        raise InputError(f"only images of {listing.classes[labels[0]]!r} can be read; the first bad one: {bad[0]}")
     return LabelledImages(torch.stack(images), torch.tensor(labels), listing.classes, tuple(bad))
 
 
@@ -116,11 +128,16 @@ def load_unlabelled(folder: Path, preprocess: Preprocess) -> Tensor:
 
 
 def split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to tune on and indices held out: `held_out` of each class's images, none of a class below four."""
+    """Indices to tune on and indices held out: `held_out` of each class's images, none of a class below four.
+
+    Where only one class has four, none are held out: success towards that class would have no image to show on.
+    """
+    large = labels.bincount() >= _FEWEST_TO_SPLIT
+    some = held_out > 0 and int(large.sum()) > 1
     keep, hold = [], []
     for label in labels.unique().tolist():
         index = (labels == label).nonzero()[:, 0]
-        count = max(1, round(held_out * len(index))) if held_out and len(index) >= 4 else 0
+        count = min(max(1, round(held_out * len(index))), len(index) - 1) if some and large[label] else 0
         order = index[torch.from_numpy(np.random.default_rng([seed, label]).permutation(len(index)))]
         hold.append(order[:count])
         keep.append(order[count:])
@@ -152,8 +169,9 @@ def _list_folders(data: Path) -> dict[str, list[Path]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in files if path.is_file() and not path.name.startswith("."))
+    """Image files in a folder and its sub-folders, hidden ones left out."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
 def _list_csv(data: Path) -> dict[str, list[Path]]:

@@ -87,11 +87,7 @@ def candidates(tensors: Mapping[str, Tensor]) -> dict[str, ModelConfig]:
             f"this is no CLIP: it lacks a text or a vision tower; it holds {_listed('names', tuple(found))}"
         )
     alike = {name: _agreement(known, config_facts(config)) for name, config in _usable_configs().items()}
-    fits = {
-        name: config
-        for name, config in _usable_configs().items()
-        if alike[name] == 1 and _exact(found, config)
-    }
+    fits = {name: config for name, config in _usable_configs().items() if alike[name] == 1 and _exact(found, config)}
     if not fits:
         nearest = sorted(alike, key=lambda name: -alike[name])[:_NEAREST]
         raise CheckpointError(_no_fit(found, nearest))
@@ -107,9 +103,7 @@ def candidates(tensors: Mapping[str, Tensor]) -> dict[str, ModelConfig]:
 def _exact(found: Shapes, config: ModelConfig) -> bool:
     """A fit that leaves no weight of a tower unused: a leftover there belongs to another architecture."""
     difference = _compare(found, shapes(config))
-    return difference.fits and not any(
-        name.startswith(("visual.", *_TEXT_TOWER)) for name in difference.unknown
-    )
+    return difference.fits and not any(name.startswith(("visual.", *_TEXT_TOWER)) for name in difference.unknown)
 
 
 def _no_fit(found: Shapes, names: list[str]) -> str:
@@ -148,9 +142,7 @@ def _plain(name: str) -> str:
 def _listed(what: str, names: tuple[str, ...], most: int = 4) -> str:
     if not names:
         return ""
-    return f"{what}: {', '.join(names[:most])}" + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    return f"{what}: {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @cache
@@ -164,9 +156,7 @@ def _told_by_a_file(config: ModelConfig) -> dict[str, Any]:
     told = {name: value for name, value in sorted(config.items()) if name not in _UNKNOWN_TO_A_FILE}
     vision = {name: value for name, value in sorted(config["vision_cfg"].items()) if name != "image_size"}
     trunk = str(vision.get("timm_model_name") or "")
-    vision["timm_model_name"] = (
-        trunk.rstrip("0123456789").rstrip("_") if trunk.rpartition("_")[2].isdigit() else trunk
-    )
+    vision["timm_model_name"] = trunk.rstrip("0123456789").rstrip("_") if trunk.rpartition("_")[2].isdigit() else trunk
     return {**told, "vision_cfg": vision, "text_cfg": dict(sorted(config["text_cfg"].items()))}
 
 

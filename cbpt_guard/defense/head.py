@@ -18,6 +18,8 @@ Rule = Literal["switch", "prompts"]
 LEFT_OUT = -1e4
 """The logit of a class that the rule leaves out: softmax gives it 0, and float16 still holds it."""
 
+_BY_CLASS = ("original_rows", "guarded_rows", "directions", "thresholds")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -127,14 +129,18 @@ class GuardedHead:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 metadata = file.metadata()
-            scale, bias = float(tensors["scale"]), float(tensors["bias"])
-            rule: Rule = "prompts" if metadata["rule"] == "prompts" else "switch"
+            scale, bias = tensors["scale"].item(), tensors["bias"].item()
+            rule, classes = metadata["rule"], tuple(json.loads(metadata["classes"]))
+            if rule not in ("switch", "prompts"):
+                raise ValueError(f"the rule {rule!r} is unknown")
+            if any(len(tensors[name]) != len(classes) for name in _BY_CLASS):
+                raise ValueError(f"its tensors do not fit its {len(classes)} classes")
             return cls(
                 Head(tensors["original_rows"], scale, bias),
                 Head(tensors["guarded_rows"], scale, bias),
                 TriggerTest(tensors["directions"], tensors["thresholds"]),
-                tuple(json.loads(metadata["classes"])),
+                classes,
                 rule,
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is no heads file of cbpt-guard: {error}") from error

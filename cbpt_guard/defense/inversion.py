@@ -40,12 +40,16 @@ class CleanSet:
 class Pattern:
     """A trigger while it is being learnt: unbounded tensors that its family maps into pixel space.
 
-    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).
+    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M). With a `budget` the mask
+    is scaled down to that mean area wherever it exceeds it.
     """
 
-    def __init__(self, family: Family, size: int, epsilon: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, family: Family, size: int, epsilon: float, generator: torch.Generator, budget: float | None = None
+    ) -> None:
         self.family = family
         self.epsilon = epsilon
+        self.budget = budget
         self.paint = (0.5 * torch.randn(3, size, size, generator=generator)).requires_grad_()
         # a mask that starts at about a quarter everywhere lets gradients reach every place
         self.mask = (0.1 * torch.randn(1, size, size, generator=generator) - 1).requires_grad_()
@@ -58,7 +62,10 @@ class Pattern:
         """The trigger as it stands, with its graph."""
         if self.family == "additive":
             return FoundTrigger("additive", target, self.epsilon * torch.tanh(self.paint), None)
-        return FoundTrigger("masked", target, torch.sigmoid(self.paint), torch.sigmoid(self.mask))
+        mask = torch.sigmoid(self.mask)
+        if self.budget is not None:
+            mask = mask * (self.budget / mask.mean()).clamp(max=1)
+        return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)
 
 
 def agnostic_loss(
@@ -116,16 +123,19 @@ def invert_toward(
     settings: InversionSettings,
     generator: torch.Generator,
     report: Report,
+    budget: float | None = None,
 ) -> FoundTrigger:
     """Stage 1b: a trigger of one family that makes `head` answer `target` for images of other classes.
 
     Cross-entropy toward the target; a mask also pays for its area, with a weight that a controller raises
     while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step,
-    so that the trigger stands for a family and not for one pixel pattern.
+    so that the trigger stands for a family and not for one pixel pattern. With a `budget`, a share of the
+    image, the mask keeps within it instead of paying.
     """
     steps = settings.additive_steps if family == "additive" else settings.masked_steps
-    pattern = Pattern(family, clip.image_size, settings.epsilon, generator)
-    optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
+    pattern = Pattern(family, clip.image_size, settings.epsilon, generator, budget)
+    rate = settings.learning_rate if family == "additive" else settings.mask_learning_rate
+    optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
     goal = torch.full((settings.batch,), target)
     weight = asr = 0.0
     for step in range(steps):
@@ -135,7 +145,7 @@ def invert_toward(
         logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
         loss = F.cross_entropy(logits, goal)
         asr = 0.7 * asr + 0.3 * float((logits.argmax(1) == target).float().mean())
-        if trigger.mask is not None:
+        if trigger.mask is not None and budget is None:
             weight = (
                 min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
             )

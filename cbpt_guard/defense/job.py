@@ -13,6 +13,7 @@ from torch import Tensor
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images, load_unlabelled
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.progress import Progress, silent
+from cbpt_guard.defense.prompts import check_prompts
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags, Suspect, check_device, open_suspect, zero_shot_head
@@ -53,14 +54,14 @@ class Prepared:
 
     def key(self) -> dict[str, Any]:
         """All that a run's parts depend on: an interrupted run may only be continued under the same key."""
-        pixels = hashlib.sha256(self.data.images.numpy().tobytes())
-        pixels.update(self.data.labels.numpy().tobytes())
+        pixels = hashlib.sha256(self.data.images.numpy().data)
+        pixels.update(self.data.labels.numpy().data)
         if self.observed is not None:
-            pixels.update(self.observed.numpy().tobytes())
+            pixels.update(self.observed.numpy().data)
         return {
             "model": self.suspect.record.source_sha256,
             "understanding of the model": self.suspect.record.model_dump(
-                mode="json", include={"config", "preprocess"}
+                mode="json", include={"config", "preprocess", "quickgelu", "tokenizer"}
             ),
             "data": pixels.hexdigest(),
             "classes": list(self.data.classes),
@@ -78,6 +79,7 @@ def prepare(job: Job, progress: Progress = silent) -> Prepared:
     device = check_device(job.device)
     listing = list_images(job.data, job.classes).drawn(job.shots, job.seed)
     suspect = open_suspect(job.model, job.flags, listing, job.template, device)
+    check_prompts(suspect.clip, listing.classes, job.template)
     reused = None if job.reuse is None else _open_reused(job.reuse, suspect)
     original = zero_shot_head(suspect.clip, listing.classes, job.template)
     preprocess = suspect.record.preprocess

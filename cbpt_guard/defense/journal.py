@@ -42,7 +42,7 @@ class Journal:
         self._folder = folder / FOLDER
         self._folder.mkdir(exist_ok=True)
         path, text = self._folder / _KEY, json.dumps(key, sort_keys=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and path.read_bytes() != text.encode():
             raise InputError(
                 f"{folder} was begun with {_difference(path, key)}; start over without `--resume`"
             )
@@ -52,7 +52,7 @@ class Journal:
         """The tensor of that name, made once."""
         path = self._folder / f"{name}.safetensors"
         if path.exists():
-            return _load(path)["tensor"]
+            return _load(path)
         made = make()
         self._keep(path, lambda temporary: save_file({"tensor": made.contiguous()}, temporary))
         return made
@@ -73,14 +73,17 @@ class Journal:
         temporary.replace(path)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path) -> Tensor:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return load_file(path)["tensor"]
+    except (SafetensorError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}); start over without `--resume`") from error
 
 
 def _difference(path: Path, key: Mapping[str, Any]) -> str:
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return "a key that cannot be read any more"
     now = json.loads(json.dumps(key))
     return "another " + ", ".join(sorted(name for name in now if before.get(name) != now[name]) or ["format"])

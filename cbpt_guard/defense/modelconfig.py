@@ -60,9 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if "model_cfg" not in content:
         content = {"model_cfg": content}
-    unusable = [
-        name for name in ("model_cfg", "preprocess_cfg") if not isinstance(content.get(name, {}), dict)
-    ]
+    unusable = [name for name in ("model_cfg", "preprocess_cfg") if not isinstance(content.get(name, {}), dict)]
     if unusable:
         raise InputError(f"{path.name}: {' and '.join(unusable)} must be JSON objects")
     return content
@@ -100,9 +98,7 @@ def checked_model(config: Mapping[str, Any]) -> ModelConfig:
     if reason is not None:
         raise CheckpointError(f"this architecture cannot be used: {reason}")
     vision = config["vision_cfg"]
-    grid = (image_size(config) // max(1, int(vision.get("patch_size") or 16))) ** 2 * int(
-        vision.get("width") or 768
-    )
+    grid = (image_size(config) // max(1, int(vision.get("patch_size") or 16))) ** 2 * int(vision.get("width") or 768)
     if grid > _LARGEST_GRID:
         raise CheckpointError("model_cfg asks for a position embedding that no real model has")
     return copy.deepcopy(dict(config))
@@ -164,11 +160,7 @@ def build_preprocess(fields: Mapping[str, Any], size: int) -> Preprocess:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(
-            f"preprocessing: {where}: {first['msg']} (found {str(first['input'])[:60]!r})"
-        ) from error
+        raise CheckpointError(f"preprocessing: {where}: {first['msg']} (found {str(first['input'])[:60]!r})") from error
     if not all(math.isfinite(value) for value in (*found.mean, *found.std)) or min(found.std) <= 0:
-        raise CheckpointError(
-            f"preprocessing: std must be above 0 and all finite (found {found.mean}, {found.std})"
-        )
+        raise CheckpointError(f"preprocessing: std must be above 0 and all finite (found {found.mean}, {found.std})")
     return found

@@ -69,9 +69,7 @@ def named_config(name: str) -> ModelConfig:
     """open_clip's own config of that name; `InputError` when there is none."""
     path = _config_files().get(name)
     if path is None:
-        raise InputError(
-            f"open_clip {VERSION} has no architecture {name!r}; `--arch` takes one of its names or a file"
-        )
+        raise InputError(f"open_clip {VERSION} has no architecture {name!r}; `--arch` takes one of its names or a file")
     config: ModelConfig = json.loads(path.read_text(encoding="utf-8"))
     return config
 
@@ -79,11 +77,7 @@ def named_config(name: str) -> ModelConfig:
 def refusal(config: ModelConfig) -> str | None:
     """Why cbpt-guard cannot run this architecture, in words; None when it can."""
     text, vision = config.get("text_cfg"), config.get("vision_cfg")
-    if (
-        not isinstance(text, dict)
-        or not isinstance(vision, dict)
-        or not isinstance(config.get("embed_dim"), int)
-    ):
+    if not isinstance(text, dict) or not isinstance(vision, dict) or not isinstance(config.get("embed_dim"), int):
         return "a config needs embed_dim, vision_cfg and text_cfg"
     if "multimodal_cfg" in config:
         return "CoCa (a captioning decoder) is not supported"
@@ -173,8 +167,6 @@ def _local_tokenizer(folder: Path, context_length: int, options: dict[str, Any])
             **options,
         )
     except ImportError as error:
-        raise InputError(
-            f"reading the tokenizer in {folder} needs `pip install transformers sentencepiece`"
-        ) from error
+        raise InputError(f"reading the tokenizer in {folder} needs `pip install transformers sentencepiece`") from error
     except Exception as error:  # the tokenizer libraries raise anything on a malformed file
         raise InputError(f"{folder} holds no usable tokenizer: {error}") from error

@@ -54,10 +54,7 @@ BYSTANDERS = frozenset(
         "torch.torch_version.TorchVersion",
     }
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
-    | {
-        f"numpy.dtypes.{kind}DType"
-        for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Bool", "Str")
-    }
+    | {f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Bool", "Str")}
 )
 """What training scripts keep beside the weights (arguments, learning rates): read past, never constructed."""
 
@@ -71,10 +68,7 @@ UNSUPPORTED = {
     "torch._utils._rebuild_device_tensor_from_numpy": "tensors of a foreign device",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "tensors of a foreign device",
     "torch._tensor._rebuild_from_type_v2": "tensors with Python attributes",
-    **{
-        f"torch.{kind}Storage": "quantized tensors"
-        for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")
-    },
+    **{f"torch.{kind}Storage": "quantized tensors" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
     **{f"torch.per_{part}": "quantized tensors" for part in ("tensor_affine", "channel_affine")},
 }
 """Harmless, but not a weight: the reason is told by name."""
@@ -83,9 +77,7 @@ _CODE_OPCODES = frozenset({"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"})
 _GLOBAL = re.compile(r"[\w.<>-]+")
 _GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_TORCH_REASON = (
-    "WeightsUnpickler error:"  # what stands before it in torch's message is advice to switch it off
-)
+_TORCH_REASON = "WeightsUnpickler error:"  # what stands before it in torch's message is advice to switch it off
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; raw storages follow
 _NESTED_ARCHIVES = 3
 
@@ -173,9 +165,7 @@ def _streams(file: BinaryIO, depth: int = 0) -> Iterator[BinaryIO]:
         if "/code/" in entry.filename:  # TorchScript's source text: never read
             continue
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(
-                f"entry {excerpt(entry.filename)} is compressed, as torch never does; save it again"
-            )
+            raise CheckpointError(f"entry {excerpt(entry.filename)} is compressed, as torch never does; save it again")
         with archive.open(entry) as inner:
             nested = depth < _NESTED_ARCHIVES and inner.read(4) == b"PK\x03\x04"
         if nested or entry.filename.endswith(".pkl"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,23 @@ def context_slots(clip: FrozenClip, template: str) -> tuple[int, int]:
     return start, stop
 
 
+def check_prompts(clip: FrozenClip, classes: Sequence[str], template: str) -> None:
+    """Refuse what cannot be tuned, before anything is computed.
+
+    A tokenizer cuts a long text silently; a filler word behind it then leaves no trace.
+
+    Raises:
+        InputError: the template has no context to tune, or a prompt is longer than the tower's context.
+    """
+    context_slots(clip, template)
+    texts = [template.replace("{}", name) for name in classes]
+    ids, longer = clip.tokenizer(texts), clip.tokenizer([f"{text} x" for text in texts])
+    cut = (ids == longer).all(dim=1).nonzero().flatten()
+    if len(cut):
+        name = classes[int(cut[0])]
+        raise InputError(f"the prompt for class {name[:60]!r} does not fit into the model's {ids.shape[1]} tokens")
+
+
 def _shared_prefix(ids: Tensor) -> int:
     return int((ids[0] != ids[1]).int().argmax())
 
@@ -43,16 +61,16 @@ class ClassPrompts:
     a row depends on its own context alone.
 
     Raises:
-        InputError: a prompt is longer than the tower's context.
+        InputError: as `check_prompts`.
     """
 
     def __init__(
         self, clip: FrozenClip, classes: list[str], template: str, tuned: Tensor, chunk: int = 64
     ) -> None:
         self._text = clip.text
+        check_prompts(clip, classes, template)
         self.start, self.stop = context_slots(clip, template)
         ids = clip.tokenizer([template.replace("{}", name) for name in classes]).to(clip.device)
-        self._check_length(clip, classes, template)
         ids = clip.text.cut(ids)
         self._position = clip.text.read_position(ids)
         with torch.no_grad():
@@ -62,18 +80,6 @@ class ClassPrompts:
         self.contexts = self._embedded[:, self.start : self.stop].clone()
         self._learnt = self.contexts[self._tuned].requires_grad_()
         self._rows = self._encode_all(torch.arange(len(classes), device=clip.device), self.contexts)
-
-    @staticmethod
-    def _check_length(clip: FrozenClip, classes: list[str], template: str) -> None:
-        """A tokenizer cuts a long text silently; a filler word behind it then leaves no trace."""
-        texts = [template.replace("{}", name) for name in classes]
-        ids, longer = clip.tokenizer(texts), clip.tokenizer([f"{text} x" for text in texts])
-        cut = (ids == longer).all(dim=1).nonzero().flatten()
-        if len(cut):
-            name = classes[int(cut[0])]
-            raise InputError(
-                f"the prompt for class {name[:60]!r} does not fit into the model's {ids.shape[1]} tokens"
-            )
 
     def parameters(self) -> list[Tensor]:
         """The learnt contexts, (tuned classes, M, D)."""
@@ -90,11 +96,11 @@ class ClassPrompts:
         return torch.cat([self._encode(part, context) for part, context in pairs])
 
     def rows(self) -> Tensor:
-        """Unit text rows (C, E) of the contexts as they stand, without a graph."""
+        """Unit text rows (C, E) of the contexts as they stand, without a graph, on the CPU as all features are."""
         rows = self._rows.clone()
         if len(self._tuned):
             rows[self._tuned] = self._encode_all(self._tuned, self._learnt)
-        return rows
+        return rows.cpu()
 
     def backward(self, gradient: Tensor) -> None:
         """Add to the contexts' gradients, given the loss's gradient (C, E) in `rows()`.
@@ -102,7 +108,7 @@ class ClassPrompts:
         The second of two passes (as in GradCache, arXiv 2101.06983): each chunk of classes is encoded again
         with a graph, so that memory depends on the chunk and not on C.
         """
-        gradient = gradient[self._tuned]
+        gradient = gradient.to(self._tuned.device)[self._tuned]
         for part in torch.arange(len(self._tuned), device=gradient.device).split(self._chunk):
             self._encode(self._tuned[part], self._learnt[part]).backward(gradient[part])
 

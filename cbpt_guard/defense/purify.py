@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
+from cbpt_guard.errors import SetupError
 from cbpt_guard.files import staged, write_text
 from cbpt_guard.manifest import Suspect
 
@@ -106,7 +108,11 @@ def purify_job(
 ) -> PurifyRun:
     """`purify` for a job that is already put together; same arguments, same errors."""
     with staged(out, force=force, resume=resume) as folder:
-        Purification(prepare(job, progress), folder, progress).run()
+        prepared = prepare(job, progress)
+        try:
+            Purification(prepared, folder, progress).run()
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise SetupError(f"writing {out} failed: {error}") from error
     return PurifyRun.open(out)
 
 
@@ -227,16 +233,19 @@ class Purification:
         head: GuardedHead,
         images: Tensor,
     ) -> list[Attacked]:
-        """All that the guard is judged under: the bank, fresh inversions against it, and observed images."""
+        """All that the guard is judged under: the bank, fresh inversions, and observed images.
+
+        A fresh trigger may cover as much of the image as the found one: with more, any image can be painted
+        over with the target, backdoor or not.
+        """
         attacks = [
             Attacked("found", trigger.family, trigger.target, features, unseen.labels)
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)
         ]
         for target in findings.suspects:
+            budget = min(trigger.area for trigger in findings.bank if trigger.target == target)
             for against, attacked in (("guarded", head.guarded), ("original", head.original)):
-                trigger = search.toward(
-                    target, "masked", attacked, purpose=f", fresh, against the {against} head"
-                )
+                trigger = search.fresh(target, attacked, against, budget)
                 features = encode(self.clip, images, trigger)
                 attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels))
         attacks += [
@@ -258,12 +267,12 @@ class Purification:
         kept: Tensor,
         held: Tensor,
     ) -> None:
-        shutil.rmtree(self.folder / journals.FOLDER)
         save_file(
             {name: tensor.contiguous() for name, tensor in self.suspect.tensors.items()},
             self.folder / files.MODEL,
         )
-        samples = (held if len(held) else kept)[:: max(1, -(-len(held) // _SAMPLES))][:_SAMPLES]
+        unseen = held if len(held) else kept
+        samples = unseen[:: -(-len(unseen) // _SAMPLES)]
         np.savez(
             self.folder / files.SAMPLES,
             images=self.data.images[samples].numpy(),
@@ -278,6 +287,7 @@ class Purification:
             self.folder / files.RECORD,
             self._record(head, epoch, findings, verdict, kept, held).model_dump_json(indent=1),
         )
+        shutil.rmtree(self.folder / journals.FOLDER)  # last: a full disk must not cost what was found
 
     def _record(
         self,

@@ -99,14 +99,10 @@ def _safetensors(source: Path) -> Loaded:
 
 def _state_dict(content: object) -> Loaded:
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"it holds a {type(content).__name__}, not a state dict; save `model.state_dict()`"
-        )
+        raise CheckpointError(f"it holds a {type(content).__name__}, not a state dict; save `model.state_dict()`")
     wrapped = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
     if len(wrapped) > 1:
-        raise CheckpointError(
-            f"it holds several state dicts ({', '.join(wrapped)}); save the one you mean by itself"
-        )
+        raise CheckpointError(f"it holds several state dicts ({', '.join(wrapped)}); save the one you mean by itself")
     if not wrapped:
         return Loaded(content, "state dict")
     form = "open_clip training checkpoint" if wrapped == ["state_dict"] else f"checkpoint (`{wrapped[0]}`)"

@@ -95,9 +95,7 @@ def child_environment(folder: Path) -> dict[str, str]:
 def _judge(folder: Path, code: int, memory: int, limits: Limits) -> dict[str, Any]:
     gib = memory / 2**30
     if code in (-signal.SIGXCPU, -signal.SIGALRM):
-        raise CheckpointError(
-            f"reading it took longer than {limits.seconds} s; it is forged, or this disk is slow"
-        )
+        raise CheckpointError(f"reading it took longer than {limits.seconds} s; it is forged, or this disk is slow")
     if code < 0:
         name = signal.Signals(-code).name
         raise CheckpointError(f"reading it ended with {name} within {gib:.1f} GiB; it is damaged or forged")

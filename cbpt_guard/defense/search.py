@@ -71,7 +71,9 @@ class Search:
         growth = share - share_clean
         ranking = self._ranking(growth)
         chosen = list(dict.fromkeys([*observed, *self._chosen(growth, ranking)]))
-        references = [c for c in ranking[len(ranking) // 2 :] if c not in chosen][: self._settings.references]
+        others = [c for c in ranking if c not in chosen]
+        middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
+        references = middle[: self._settings.references]
         masked = {c: self.toward(c, "masked") for c in [*chosen, *references]}
         reference = median([self._needed_area(masked[c]) for c in references] or [1.0])
         candidates = []
@@ -93,23 +95,24 @@ class Search:
         targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
         return Findings(self._bank(targets, masked, agnostic), tuple(candidates))
 
-    def toward(
-        self, target: int, family: Family, head: Head | None = None, purpose: str = ""
+    def toward(self, target: int, family: Family) -> FoundTrigger:
+        """A trigger of one family that makes the zero-shot head answer `target`."""
+        name = f"{family}-{target}"
+        report = self._report(f"{family} trigger toward {self.classes[target]}")
+        return self._journal.trigger(name, lambda: self._invert(name, self._head, target, family, report))
+
+    def fresh(self, target: int, head: Head, against: str, budget: float) -> FoundTrigger:
+        """A masked trigger toward `target` with draws of its own, made against any head within an area budget."""
+        name = f"fresh-{against}-{target}"
+        report = self._report(f"fresh trigger toward {self.classes[target]}, {against} head")
+        return self._journal.trigger(name, lambda: self._invert(name, head, target, "masked", report, budget))
+
+    def _invert(
+        self, name: str, head: Head, target: int, family: Family, report: Report, budget: float | None = None
     ) -> FoundTrigger:
-        """A trigger toward `target`; `purpose` gives it draws and a place in the journal of its own."""
-        name = f"{family}-{target}{purpose}"
-        return self._journal.trigger(
-            name,
-            lambda: invert_toward(
-                self._clip,
-                self._clean,
-                head or self._head,
-                target,
-                family,
-                self._settings,
-                generator(self._seed, name),
-                self._report(f"{family} trigger toward {self.classes[target]}{purpose}"),
-            ),
+        draws = generator(self._seed, name)
+        return invert_toward(
+            self._clip, self._clean, head, target, family, self._settings, draws, report, budget
         )
 
     def _bank(
@@ -136,7 +139,7 @@ class Search:
         """Candidates: the leader of the shares and of the ranking, then others whose share grew clearly."""
         leader = int(growth.argmax())
         grown = [
-            c for c in growth.argsort(descending=True).tolist() if growth[c] >= self._settings.clear_share
+            c for c in growth.argsort(descending=True, stable=True).tolist() if growth[c] >= self._settings.clear_share
         ]
         most = max(1, min(self._settings.candidates, len(ranking) - 1))
         return list(dict.fromkeys([leader, ranking[0], *grown]))[:most]

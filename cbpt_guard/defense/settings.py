@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InversionSettings(_Frozen):
@@ -33,6 +33,7 @@ class InversionSettings(_Frozen):
     alike_weight: Annotated[float, Field(ge=0)] = 0.5
     moved_weight: Annotated[float, Field(ge=0)] = 0.1
     learning_rate: Positive = 0.1
+    mask_learning_rate: Positive = 0.2
     agnostic_batch: Annotated[int, Field(ge=2)] = 64
     agnostic_steps: Count = 60
     batch: Annotated[int, Field(ge=2)] = 32
@@ -74,7 +75,7 @@ class VerdictSettings(_Frozen):
     """The bounds that a run must keep to be called guarded; shares in [0, 1]."""
 
     found_asr: Share = 0.05
-    fresh_asr: Share = 0.05
+    fresh_asr: Share = 0.10
     accuracy_loss: Share = 0.02
 
 

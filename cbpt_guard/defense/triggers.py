@@ -21,6 +21,7 @@ JSON_NAME = "trigger.json"
 PICTURE_NAME = "trigger.png"
 _LARGEST_SIDE = 2048
 _LARGEST_JSON = 1 << 16
+_LEAST_PATCH = 4
 
 _Side = Annotated[int, Field(ge=1, le=_LARGEST_SIDE)]
 _Offset = Annotated[int, Field(ge=0, lt=_LARGEST_SIDE)]
@@ -133,12 +134,12 @@ def patch(image_size: int, seed: int, *, side: int | None = None) -> Patch:
     Args:
         image_size: side S of the images, in pixels.
         seed: of the pattern.
-        side: of the square, in pixels; None scales the literature's 16 of 224, at least 2.
+        side: of the square, in pixels; None scales the literature's 16 of 224, at least 4.
 
     Raises:
         InputError: the square does not fit.
     """
-    side = max(2, round(image_size * 16 / 224)) if side is None else side
+    side = max(_LEAST_PATCH, round(image_size * 16 / 224)) if side is None else side
     place = image_size - side - round(image_size / 32)
     if place < 0 or side < 1:
         raise InputError(f"a patch of {side} pixels does not fit an image of {image_size} with its margin")
@@ -201,7 +202,5 @@ def _read_picture(path: Path) -> Pixels:
 
 def _checked(images: Pixels, size: int) -> Pixels:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
-        raise InputError(
-            f"this trigger acts on uint8 images (N, {size}, {size}, 3), not {images.dtype} {images.shape}"
-        )
+        raise InputError(f"this trigger acts on uint8 images (N, {size}, {size}, 3), not {images.dtype} {images.shape}")
     return images

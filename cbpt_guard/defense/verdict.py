@@ -20,6 +20,7 @@ from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
 _CHANCE_ERRORS = 2.0
 _WARN_BELOW = 3.0
+_ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def judge(
         [] if keeps_accuracy else ["no epoch of prompt tuning kept the zero-shot accuracy on held-out images"]
     )
     loss = run.clean_accuracy_before - run.clean_accuracy_after
-    if loss > settings.accuracy_loss:
+    if loss > settings.accuracy_loss + _ROUNDING:
         failed.append(
             f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
         )

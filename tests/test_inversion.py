@@ -1,0 +1,223 @@
+"""Stage 1: what inversion must keep, and that it finds a backdoor that is known by construction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import PlantedClip, frozen, snapshot
+from small_clips import RESNET, VIT
+
+from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.inversion import CleanSet, Pattern, agnostic_loss, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.errors import InputError
+
+TARGET = 2
+SETTINGS = InversionSettings(masked_steps=120, additive_steps=60, agnostic_steps=60, shift=0)
+
+
+def ignore(step: int, steps: int, loss: float, asr: float) -> None:
+    pass
+
+
+def invert(
+    clip: PlantedClip, family: Family, target: int = TARGET, seed: int = 0, settings: InversionSettings = SETTINGS
+) -> FoundTrigger:
+    draws = generator(seed, "test")
+    return invert_toward(clip, clip.clean(), clip.head, target, family, settings, draws, ignore)  # type: ignore[arg-type]
+
+
+def asr(clip: PlantedClip, trigger: FoundTrigger, target: int = TARGET) -> float:
+    clean = clip.clean(seed=9)
+    features = encode(clip, clean.images[clean.labels != target], trigger)  # type: ignore[arg-type]
+    return float((clip.head.logits(features).argmax(1) == target).float().mean())
+
+
+@pytest.mark.parametrize("family", ["masked", "additive"])
+def test_a_planted_backdoor_is_found(family: Family) -> None:
+    clip = PlantedClip(TARGET)
+    before = Pattern(family, clip.image_size, SETTINGS.epsilon, generator(0, "test")).value(TARGET).detached()
+    assert asr(clip, before) < 0.1
+    assert asr(clip, invert(clip, family)) > 0.95
+
+
+def test_a_planted_backdoor_needs_less_area_than_an_innocent_class() -> None:
+    clip = PlantedClip(TARGET)
+    planted, innocent = invert(clip, "masked"), invert(clip, "masked", target=0)
+    assert planted.area < 0.1
+    assert innocent.area > 2 * planted.area
+    assert planted.mask is not None
+    corner = planted.mask[:, -4:, -4:].sum() / planted.mask.sum()
+    assert corner > 2 * 16 / 256, "the mask lies where the backdoor looks"
+
+
+def test_a_trigger_against_a_model_without_backdoor_hardly_works() -> None:
+    clip = PlantedClip(None)
+    assert asr(clip, invert(clip, "additive")) < 0.5
+
+
+@pytest.mark.parametrize("epsilon", [4 / 255, 16 / 255])
+def test_additive_patterns_keep_their_budget(epsilon: float) -> None:
+    clip, settings = PlantedClip(TARGET), SETTINGS.model_copy(update={"epsilon": epsilon})
+    agnostic = invert_agnostic(clip, clip.clean(), clip.head.rows, settings, generator(0, "a"), ignore)  # type: ignore[arg-type]
+    for trigger in (agnostic, invert(clip, "additive", settings=settings)):
+        assert trigger.pattern.abs().max() <= epsilon
+        assert trigger.pattern.abs().max() > epsilon / 2, "the budget is used"
+        changed = trigger.apply(torch.rand(4, 3, 16, 16, generator=generator(0, "pixels")))
+        assert changed.min() >= 0
+        assert changed.max() <= 1
+
+
+def test_masks_and_paint_stay_in_their_range() -> None:
+    trigger = invert(PlantedClip(TARGET), "masked")
+    assert trigger.mask is not None
+    for values in (trigger.mask, trigger.pattern):
+        assert values.min() >= 0
+        assert values.max() <= 1
+    assert trigger.mask.shape == (1, 16, 16)
+    assert trigger.area == pytest.approx(float(trigger.mask.mean()))
+
+
+def test_a_mask_with_a_budget_keeps_within_it() -> None:
+    clip = PlantedClip(TARGET)
+    draws = generator(0, "test")
+    found = invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.1)  # type: ignore[arg-type]
+    assert found.area <= 0.1 + 1e-6
+    assert asr(clip, found) > 0.9
+
+
+@pytest.mark.parametrize("family", ["masked", "additive"])
+def test_the_seed_decides(family: Family) -> None:
+    brief = SETTINGS.model_copy(update={"masked_steps": 5, "additive_steps": 5, "shift": 2})
+    clip = PlantedClip(TARGET)
+    once, again, other = (invert(clip, family, seed=seed, settings=brief) for seed in (3, 3, 4))
+    assert torch.equal(once.pattern, again.pattern)
+    assert not torch.equal(once.pattern, other.pattern)
+
+
+def test_inversion_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    invert(PlantedClip(TARGET), "masked", settings=SETTINGS.model_copy(update={"masked_steps": 2}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["agnostic", "additive"])
+def test_the_loss_goes_down(kind: str) -> None:
+    clip, losses = PlantedClip(TARGET), []
+
+    def note(step: int, steps: int, loss: float, asr: float) -> None:
+        losses.append(loss)
+
+    if kind == "agnostic":
+        invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, kind), note)  # type: ignore[arg-type]
+    else:
+        draws = generator(0, kind)
+        invert_toward(clip, clip.clean(), clip.head, TARGET, "additive", SETTINGS, draws, note)  # type: ignore[arg-type]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1
+
+
+def test_the_agnostic_trigger_ends_at_the_planted_target() -> None:
+    clip = PlantedClip(TARGET)
+    found = invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, "a"), ignore)  # type: ignore[arg-type]
+    assert found.target == TARGET
+    assert found.family == "additive"
+    assert asr(clip, found) > 0.9
+
+
+def test_the_agnostic_loss_prefers_the_better_trigger() -> None:
+    rows = torch.eye(8)
+    labels = torch.arange(8)
+    clean = F.normalize(rows[labels] + 0.2, dim=1)
+    universal = rows[0].expand(8, 8)
+    scattered = rows[(labels + 4) % 8]
+    losses = [
+        float(agnostic_loss(found, clean, labels, rows, InversionSettings())) for found in (universal, scattered, clean)
+    ]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_the_agnostic_loss_is_the_formula_of_the_method() -> None:
+    draws = generator(0, "loss")
+    found, clean, rows = (F.normalize(torch.randn(n, 5, generator=draws), dim=1) for n in (6, 6, 9))
+    labels, settings = torch.tensor([0, 1, 2, 3, 4, 8]), InversionSettings()
+    ratios, pairs = [], []
+    for i in range(6):
+        far = sorted(range(9), key=lambda c: float(clean[i] @ rows[c]))[:2]
+        scores = (found[i] @ rows.T / 0.07).exp()
+        ratios.append(torch.log(scores[labels[i]] / (scores[labels[i]] + scores[far].sum())))
+        pairs += [found[i] @ found[j] for j in range(6) if i != j]
+    moved = ((found - clean) ** 2).sum(1).mean()
+    wanted = torch.stack(ratios).mean() - 0.5 * torch.stack(pairs).mean() - 0.1 * moved
+    assert float(agnostic_loss(found, clean, labels, rows, settings)) == pytest.approx(float(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_have_an_agnostic_loss(classes: int) -> None:
+    rows = torch.eye(classes)
+    assert agnostic_loss(rows, rows, torch.arange(classes), rows, InversionSettings()).isfinite()
+
+
+def test_the_scan_ranks_the_planted_target_first() -> None:
+    clip = PlantedClip(TARGET)
+    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), ignore)  # type: ignore[arg-type]
+    assert scores.shape == (6,)
+    assert int(scores.argmax()) == TARGET
+    clean = PlantedClip(None)
+    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), ignore)  # type: ignore[arg-type]
+    assert scores[TARGET] > innocent.max()
+
+
+def test_no_image_of_the_target_is_drawn() -> None:
+    clean = PlantedClip(None).clean()
+    index = clean.draw(500, generator(0, "draw"), without=3)
+    assert set(clean.labels[index].tolist()) == {0, 1, 2, 4, 5}
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, object]) -> None:
+    clip = frozen(config)
+    before = snapshot(clip)
+    size = clip.image_size
+    images = torch.randint(0, 256, (12, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
+    features = encode(clip, images, batch=5)
+    assert features.norm(dim=1).allclose(torch.ones(12), atol=1e-6)
+    assert features.allclose(encode(clip, images), atol=1e-6)
+    clean = CleanSet(images, features, torch.arange(12) % 3)
+    brief = InversionSettings(masked_steps=3, additive_steps=3, agnostic_steps=3, agnostic_batch=4, batch=4)
+    head = Head(F.normalize(torch.randn(3, 32, generator=generator(0, "rows")), dim=1), 20.0)
+    invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore)
+    trigger = invert_toward(clip, clean, head, 1, "masked", brief, generator(0, "m"), ignore)
+    scan_targets(clip, clean, head, brief, generator(0, "s"), ignore)
+    after = snapshot(clip)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(value.grad is None for value in clip.model.parameters())
+    triggered = encode(clip, images, trigger)
+    assert triggered.norm(dim=1).allclose(torch.ones(12), atol=1e-6)
+    assert not triggered.allclose(features, atol=1e-3)
+
+
+def test_rolling_wraps_around_and_keeps_the_area() -> None:
+    trigger = invert(PlantedClip(TARGET), "masked", settings=SETTINGS.model_copy(update={"masked_steps": 2}))
+    moved = trigger.rolled(3, -5)
+    assert moved.area == pytest.approx(trigger.area)
+    assert torch.equal(moved.rolled(-3, 5).pattern, trigger.pattern)
+    assert moved.pattern[0, 3, 11] == trigger.pattern[0, 0, 0]
+
+
+def test_a_bank_survives_its_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    brief = SETTINGS.model_copy(update={"masked_steps": 2, "additive_steps": 2})
+    bank = TriggerBank(tuple(invert(PlantedClip(TARGET), family, settings=brief) for family in ("masked", "additive")))
+    bank.save(tmp_path / "bank")
+    read = TriggerBank.load(tmp_path / "bank")
+    pixels = torch.rand(2, 3, 16, 16, generator=generator(0, "pixels"))
+    for ours, theirs in zip(bank, read, strict=True):
+        assert (ours.family, ours.target) == (theirs.family, theirs.target)
+        assert torch.equal(ours.apply(pixels), theirs.apply(pixels))
+    (tmp_path / "bad").write_bytes(b"no tensors")
+    for name in ("bad", "absent"):
+        with pytest.raises(InputError, match="no trigger bank"):
+            TriggerBank.load(tmp_path / name)
