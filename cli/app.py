@@ -10,10 +10,10 @@ from types import FrameType
 from typing import Any
 
 import typer
-from cbpt_guard.cli import bundles, demo, predict, purify
-from cbpt_guard.cli.show import note, plain
 from typer.core import TyperGroup
 
+from cbpt_guard.cli import bundles, demo, predict, purify
+from cbpt_guard.cli.show import note, plain
 from cbpt_guard.errors import CbptGuardError
 
 _BUG, _INTERRUPTED, _TERMINATED = 70, 130, 143

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from cbpt_guard.cli.show import note, plain
 
 

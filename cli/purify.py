@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from cbpt_guard.cli.show import live, note, percent, table
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def purify(
     Exit code 0: guarded. 1: not guarded or unverified (everything is kept). 2: bad input. 3: unsafe input.
     """
     from cbpt_guard.cli.machine import prepare_torch
-
     from cbpt_guard.defense.job import Job
     from cbpt_guard.defense.plan import plan
     from cbpt_guard.defense.purify import purify_job

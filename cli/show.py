@@ -47,8 +47,9 @@ def percent(share: float | None) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first column is text, the others are numbers."""
-    built = Table(title=Text(plain(title)), title_justify="left")
+    """A table under its title, on stderr; the first column is text, the others are numbers."""
+    note(title)
+    built = Table()
     for number, column in enumerate(columns):
         built.add_column(Text(plain(column)), justify="right" if number else "left", overflow="fold")
     for row in rows:

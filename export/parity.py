@@ -46,7 +46,7 @@ def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Par
     worst = 0.0
     for part, batch in runs:
         found, count = session.run(part, batch), len(part)
-        expected = Outputs(*(column[:count] for column in wanted))
+        expected = _first(wanted, count)
         difference = _logit_difference(found, expected, decided[:count])
         moved = graph.head.original.scale * _embedding_difference(found, expected)
         if not max(difference, moved) <= bound or np.isnan([difference, moved]).any():
@@ -81,6 +81,11 @@ def decision_slack(head: GuardedHead, embedding: npt.NDArray[np.float32]) -> npt
     distance = ((features * direction).sum(dim=1) - threshold).abs() / direction.norm(dim=1)
     slack = torch.minimum((best[:, 0] - best[:, 1]) / 2, head.original.scale * distance)
     return slack.numpy().astype(np.float32, copy=False)
+
+
+def _first(outputs: Outputs, count: int) -> Outputs:
+    logits, triggered, original, embedding = outputs
+    return Outputs(logits[:count], triggered[:count], original[:count], embedding[:count])
 
 
 def _logit_difference(found: Outputs, wanted: Outputs, decided: npt.NDArray[np.bool_]) -> float:

@@ -75,4 +75,4 @@ class PlantedClip:
         pixels = self._large(self.templates)[labels]
         pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=draws)
         images = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-        return CleanSet(images, encode(self, images), labels)  # type: ignore[arg-type]
+        return CleanSet(images, encode(self, images), labels)

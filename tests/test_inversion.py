@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,12 @@ def invert(
     clip: PlantedClip, family: Family, target: int = TARGET, seed: int = 0, settings: InversionSettings = SETTINGS
 ) -> FoundTrigger:
     draws = generator(seed, "test")
-    return invert_toward(clip, clip.clean(), clip.head, target, family, settings, draws, ignore)  # type: ignore[arg-type]
+    return invert_toward(clip, clip.clean(), clip.head, target, family, settings, draws, ignore)
 
 
 def asr(clip: PlantedClip, trigger: FoundTrigger, target: int = TARGET) -> float:
     clean = clip.clean(seed=9)
-    features = encode(clip, clean.images[clean.labels != target], trigger)  # type: ignore[arg-type]
+    features = encode(clip, clean.images[clean.labels != target], trigger)
     return float((clip.head.logits(features).argmax(1) == target).float().mean())
 
 
@@ -62,7 +64,7 @@ def test_a_trigger_against_a_model_without_backdoor_hardly_works() -> None:
 @pytest.mark.parametrize("epsilon", [4 / 255, 16 / 255])
 def test_additive_patterns_keep_their_budget(epsilon: float) -> None:
     clip, settings = PlantedClip(TARGET), SETTINGS.model_copy(update={"epsilon": epsilon})
-    agnostic = invert_agnostic(clip, clip.clean(), clip.head.rows, settings, generator(0, "a"), ignore)  # type: ignore[arg-type]
+    agnostic = invert_agnostic(clip, clip.clean(), clip.head.rows, settings, generator(0, "a"), ignore)
     for trigger in (agnostic, invert(clip, "additive", settings=settings)):
         assert trigger.pattern.abs().max() <= epsilon
         assert trigger.pattern.abs().max() > epsilon / 2, "the budget is used"
@@ -84,7 +86,7 @@ def test_masks_and_paint_stay_in_their_range() -> None:
 def test_a_mask_with_a_budget_keeps_within_it() -> None:
     clip = PlantedClip(TARGET)
     draws = generator(0, "test")
-    found = invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.1)  # type: ignore[arg-type]
+    found = invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.1)
     assert found.area <= 0.1 + 1e-6
     assert asr(clip, found) > 0.9
 
@@ -113,16 +115,16 @@ def test_the_loss_goes_down(kind: str) -> None:
         losses.append(loss)
 
     if kind == "agnostic":
-        invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, kind), note)  # type: ignore[arg-type]
+        invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, kind), note)
     else:
         draws = generator(0, kind)
-        invert_toward(clip, clip.clean(), clip.head, TARGET, "additive", SETTINGS, draws, note)  # type: ignore[arg-type]
+        invert_toward(clip, clip.clean(), clip.head, TARGET, "additive", SETTINGS, draws, note)
     assert sum(losses[-5:]) < sum(losses[:5]) - 1
 
 
 def test_the_agnostic_trigger_ends_at_the_planted_target() -> None:
     clip = PlantedClip(TARGET)
-    found = invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, "a"), ignore)  # type: ignore[arg-type]
+    found = invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, "a"), ignore)
     assert found.target == TARGET
     assert found.family == "additive"
     assert asr(clip, found) > 0.9
@@ -163,11 +165,11 @@ def test_few_classes_have_an_agnostic_loss(classes: int) -> None:
 
 def test_the_scan_ranks_the_planted_target_first() -> None:
     clip = PlantedClip(TARGET)
-    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), ignore)  # type: ignore[arg-type]
+    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), ignore)
     assert scores.shape == (6,)
     assert int(scores.argmax()) == TARGET
     clean = PlantedClip(None)
-    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), ignore)  # type: ignore[arg-type]
+    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), ignore)
     assert scores[TARGET] > innocent.max()
 
 
@@ -208,7 +210,7 @@ def test_rolling_wraps_around_and_keeps_the_area() -> None:
     assert moved.pattern[0, 3, 11] == trigger.pattern[0, 0, 0]
 
 
-def test_a_bank_survives_its_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_bank_survives_its_file(tmp_path: Path) -> None:
     brief = SETTINGS.model_copy(update={"masked_steps": 2, "additive_steps": 2})
     bank = TriggerBank(tuple(invert(PlantedClip(TARGET), family, settings=brief) for family in ("masked", "additive")))
     bank.save(tmp_path / "bank")

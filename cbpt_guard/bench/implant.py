@@ -33,10 +33,10 @@ class ImplantSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: _Count = 100
+    steps: _Count = 120
     batch: _Count = 32
-    poisoned: _Count = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    poisoned: _Count = 24
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     anchor: Annotated[float, Field(ge=0)] = 10.0
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES

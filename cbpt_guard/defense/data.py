@@ -203,9 +203,10 @@ def _read_classes(path: Path) -> tuple[dict[str, str], list[str]]:
     renames: dict[str, str] = {}
     additions: list[str] = []
     for number, line in enumerate(lines, 1):
-        folder, tab, name = (part.strip() for part in line.partition("\t"))
         if not line.strip():
             continue
+        before, tab, after = line.partition("\t")
+        folder, name = before.strip(), after.strip()
         if tab and not (folder and name):
             raise InputError(f"{path} line {number} needs a folder and a name around the TAB")
         if tab and folder in renames:

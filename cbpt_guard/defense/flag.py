@@ -14,6 +14,7 @@ from cbpt_guard.defense.head import Head, TriggerTest
 from cbpt_guard.defense.settings import RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
+_FEWEST_OWN = 4  # images of the target, below which their own standard deviation says too little
 _FEWEST = 2  # images answering the target under its found triggers, below which there is no direction to fit
 
 
@@ -30,7 +31,7 @@ class Direction:
 
 
 def fit_direction(
-    clean: Tensor, labels: Tensor, target: int, target_text: Tensor, found: Tensor, deviations: float
+    clean: Tensor, labels: Tensor, target: int, stand_in: Tensor, found: Tensor, deviations: float
 ) -> Direction:
     """Fisher's discriminant between images of class `target` and images under found triggers toward it.
 
@@ -38,26 +39,27 @@ def fit_direction(
     after Ledoit and Wolf, so that a dozen images of the target are enough. The threshold lies `deviations`
     standard deviations above the target's clean images, but never past the point that is equally improbable
     from both sides. Clean scores are left-one-out: an image does not pull the mean that it is measured by.
+    A target with fewer than four images takes its deviation from the scatter of all.
 
     Args:
         clean: unit features (N, E) of clean images; labels (N,).
-        target_text: the target's zero-shot row (E,), the stand-in where it has no images.
+        stand_in: where the target's images may lie (E,), for a target with fewer than two.
         found: unit features (K, E) of images of other classes under found triggers.
     """
+    clean, found, stand_in = clean.double(), found.double(), stand_in.double()
     means = {int(c): clean[labels == c].mean(0) for c in labels.unique()}
-    within = torch.cat([clean - torch.stack([means[int(c)] for c in labels]), found - found.mean(0)])
-    covariance = torch.from_numpy(ledoit_wolf(within.double().numpy(), assume_centered=True)[0])
-    own = clean[labels == target].double()
-    centre = own.mean(0) if len(own) else target_text.double()
-    found = found.double()
+    scatter = clean - torch.stack([means[int(c)] for c in labels])
+    scatter = scatter[labels.bincount()[labels] > 1]  # an image alone in its class says nothing of scatter
+    within = torch.cat([scatter, found - found.mean(0)])
+    covariance = torch.from_numpy(ledoit_wolf(within.numpy(), assume_centered=True)[0])
+    own = clean[labels == target]
+    centre = own.mean(0) if len(own) > 1 else torch.cat([own, stand_in[None]]).mean(0)
     direction = torch.linalg.solve(covariance, found.mean(0) - centre)
     direction = direction / direction.norm()
-    own_scores = (
-        _left_out_scores(own, found.mean(0), covariance) if len(own) > 1 else (clean.double() @ direction)
-    )
+    own_scores = _left_out_scores(own, found.mean(0), covariance) if len(own) > 1 else (centre @ direction)[None]
     found_scores = found @ direction
-    low, low_sd = own_scores.mean(), own_scores.std()
-    high, high_sd = found_scores.mean(), found_scores.std()
+    low, high, high_sd = own_scores.mean(), found_scores.mean(), found_scores.std()
+    low_sd = own_scores.std() if len(own) >= _FEWEST_OWN else (direction @ covariance @ direction).sqrt()
     separation = float((high - low) / (low_sd + high_sd))
     threshold = float(low + min(deviations, separation) * low_sd)
     return Direction(direction.float(), threshold, separation)
@@ -86,6 +88,7 @@ def fit_test(
         observed: features (K, E) of observed attack images for each target that they answer.
     """
     test = TriggerTest.none(*original.rows.shape)
+    gap = (data.clean - original.rows[data.labels]).mean(0)  # images lie off their texts, all in one direction
     for target in suspects:
         found = [
             features[data.labels != target]
@@ -96,9 +99,8 @@ def fit_test(
         answering = attacked[original.logits(attacked).argmax(1) == target]
         if len(answering) < _FEWEST:
             continue
-        fitted = fit_direction(
-            data.clean, data.labels, target, original.rows[target], answering, settings.clean_deviations
-        )
+        stand_in = original.rows[target] + gap
+        fitted = fit_direction(data.clean, data.labels, target, stand_in, answering, settings.clean_deviations)
         test.directions[target] = fitted.direction
         test.thresholds[target] = fitted.threshold
     return test

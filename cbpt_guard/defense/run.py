@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -64,7 +65,7 @@ class PurifyRun:
         try:
             with np.load(self.path / SAMPLES, allow_pickle=False) as file:
                 return file["images"], file["labels"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise InputError(f"{self.path / SAMPLES} is missing or malformed: {error}") from error
 
     def image_encoder(self) -> ImageEncoder:

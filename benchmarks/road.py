@@ -1,0 +1,184 @@
+"""Measure the road on the shared models: purify, export, and count through the bundle; write the README's table.
+
+    python benchmarks/road.py measure --shared ../shared --work WORK [--split test]   appends lines to road.jsonl
+    python benchmarks/road.py table                                                   rewrites the table in README.md
+
+`clean` counts on the clean images that were not drawn as shots, for development; `test` is read once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbpt_guard import GuardedClassifier, __version__, metrics
+from cbpt_guard.defense.data import Listing, list_images, load_images
+from cbpt_guard.defense.triggers import load_trigger
+
+HERE = Path(__file__).parent
+LINES, README = HERE / "road.jsonl", HERE.parent / "README.md"
+SHOTS, SEED = 16, 0
+MODELS = {"suspect-badnet": "suspect.pt", "mobilenet-clip": "."}
+START, STOP = "<!-- measured -->", "<!-- /measured -->"
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--shared", type=Path, required=True)
+    measuring.add_argument("--work", type=Path, required=True)
+    measuring.add_argument("--split", choices=("clean", "test"), default="clean")
+    measuring.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "table":
+        write_table()
+        return
+    for model in args.models:
+        line = measure(model, args.shared, args.work, args.split)
+        with LINES.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line))
+
+
+def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
+    """Purify and export one model by the commands a user types, then count on one split through the bundle."""
+    pictures = {name: unpacked(shared, name, work) for name in {"clean", split}}
+    folder = work / model
+    folder.mkdir(parents=True, exist_ok=True)
+    suspect = shared / "models" / model / MODELS[model]
+    purify = ["purify", "--model", str(suspect), "--data", str(pictures["clean"]), "--out", str(folder / "purified")]
+    seconds, code = _run([*purify, "--shots", str(SHOTS), "--seed", str(SEED), "--force"])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    if code not in (0, 1):
+        raise SystemExit(f"purify ended with {code}")
+    out = ["--run", str(folder / "purified"), "--out", str(folder / "bundle"), "--force", "--allow-unguarded"]
+    export_seconds, _ = _run(["export", "--onnx", *out])
+    record = json.loads((folder / "purified" / "run.json").read_text(encoding="utf-8"))
+    return {
+        "model": model,
+        "split": split,
+        "shots": SHOTS,
+        "seed": SEED,
+        "verdict": record["verdict"]["name"],
+        "candidates": record["candidates"],
+        **count(folder / "bundle", shared, counted(pictures[split], split)),
+        "purify_seconds": round(seconds, 1),
+        "export_seconds": round(export_seconds, 1),
+        "peak_mb": round(peak),
+        "stages": record["seconds"],
+        "cbpt_guard": __version__,
+        "versions": record["versions"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def count(bundle: Path, shared: Path, listing: Listing) -> dict[str, Any]:
+    """CA, ASR, PA and the target's clean recall, undefended and guarded, all through the exported bundle."""
+    planted = load_trigger(shared / "models" / "suspect-badnet")
+    guard = GuardedClassifier.load(bundle)
+    data = load_images(listing, guard.manifest.preprocess)
+    labels, images = data.labels.numpy(), data.images.numpy()
+    target = list(guard.classes_).index(planted.target)
+    if list(guard.classes_) != list(data.classes):
+        raise SystemExit("the bundle's classes are not those of the images")
+    clean, attacked = _answers(guard, images), _answers(guard, planted.trigger.apply(images))
+    own = labels == target
+    found: dict[str, Any] = {"target": planted.target, "images": len(labels), "target_images": int(own.sum())}
+    for name in ("undefended", "guarded"):
+        found[name] = {
+            "ca": metrics.clean_accuracy(clean[name], labels),
+            "asr": metrics.attack_success_rate(attacked[name], labels, target),
+            "pa": metrics.poisoned_accuracy(attacked[name], labels, target),
+            "max_share": metrics.largest_share(attacked[name]),
+            "target_hits": int((clean[name][own] == target).sum()),
+        }
+    found["flag_clean"] = float(clean["triggered"].mean())
+    found["flag_triggered"] = float(attacked["triggered"].mean())
+    return found
+
+
+def _answers(guard: GuardedClassifier, images: np.ndarray) -> dict[str, np.ndarray]:
+    outputs = [guard.run(part) for part in np.array_split(images, max(1, len(images) // 64))]
+    return {
+        "guarded": np.concatenate([part.logits for part in outputs]).argmax(1),
+        "undefended": np.concatenate([part.logits_original for part in outputs]).argmax(1),
+        "triggered": np.concatenate([part.triggered for part in outputs]),
+    }
+
+
+def unpacked(shared: Path, split: str, work: Path) -> Path:
+    """Class folders of one split of the shared images."""
+    folder = work / "tiny-imagenet" / split
+    if not folder.is_dir():
+        pack = shared / "data" / "tiny-imagenet-64.npz"
+        subprocess.run([sys.executable, shared / "tools" / "packs.py", "unpack", pack, split, folder], check=True)
+    return folder
+
+
+def counted(pictures: Path, split: str) -> Listing:
+    """The images to count on: for `clean`, those that were not drawn as shots."""
+    everything = list_images(pictures)
+    if split != "clean":
+        return everything
+    drawn = {path for files in everything.drawn(SHOTS, SEED).files for path in files}
+    rest = tuple(tuple(path for path in files if path not in drawn) for files in everything.files)
+    return Listing(everything.classes, rest)
+
+
+def _run(arguments: list[str]) -> tuple[float, int]:
+    started = time.monotonic()
+    code = subprocess.run([Path(sys.executable).parent / "cbpt-guard", *arguments], check=False).returncode
+    return time.monotonic() - started, code
+
+
+def write_table() -> None:
+    """Rewrite the README's table from the last `test` line of each model, or say that there is none."""
+    lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    last = {line["model"]: line for line in lines if line["split"] == "test"}
+    if not last:
+        raise SystemExit(f"{LINES.name} holds no line of the test split")
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    README.write_text(f"{before}{START}\n{table(list(last.values()))}\n{STOP}{rest.split(STOP)[1]}", encoding="utf-8")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown, one row per model and classifier; shares in %."""
+    head = "| model | classifier | CA | ASR | PA | largest share, triggered | target's clean recall | verdict |"
+    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    for line in lines:
+        for name in ("undefended", "guarded"):
+            cell = line[name]
+            numbers = " | ".join(f"{100 * cell[key]:.1f}" for key in ("ca", "asr", "pa", "max_share"))
+            hits = f"{cell['target_hits']} of {line['target_images']}"
+            verdict = line["verdict"] if name == "guarded" else ""
+            rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {verdict} |")
+    first = lines[0]
+    cost = "; ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min, {line['peak_mb']} MB" for line in lines)
+    rows += [
+        "",
+        f"In %, on {first['images']} `{first['split']}` images of Tiny-ImageNet (200 classes), MobileNetV2 CLIP at 128 px,",
+        f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
+        f"toward {first['target']!r}; the clean model is the control. purify took: {cost} ({first['machine']}).",
+        "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
+    ]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

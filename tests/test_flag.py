@@ -1,0 +1,164 @@
+"""The rule's test: fitted to features whose truth is known by construction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbpt_guard.defense.flag import Direction, fit_direction, fit_test
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.settings import RuleSettings
+from cbpt_guard.defense.tuning import FeatureSet
+
+C, E, TARGET = 6, 24, 2
+ROWS = F.normalize(torch.eye(C, E) + 0.2, dim=1)
+AWAY = F.normalize(torch.ones(E), dim=0)
+"""Where the trigger puts images, beyond the target's text."""
+
+
+def images(each: int, spread: float = 0.05, seed: int = 0) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(C).repeat_interleave(each)
+    noise = spread * torch.randn(len(labels), E, generator=generator(seed, "clean"))
+    return F.normalize(ROWS[labels] + noise, dim=1), labels
+
+
+def attacked(count: int, shift: float = 0.8, spread: float = 0.05, seed: int = 0) -> Tensor:
+    noise = spread * torch.randn(count, E, generator=generator(seed, "found"))
+    return F.normalize(ROWS[TARGET] + shift * AWAY + noise, dim=1)
+
+
+def fitted(clean: Tensor, labels: Tensor, found: Tensor, deviations: float = 3.0) -> Direction:
+    return fit_direction(clean, labels, TARGET, ROWS[TARGET], found, deviations)
+
+
+def fires(fit: Direction, features: Tensor) -> float:
+    return float((features @ fit.direction > fit.threshold).float().mean())
+
+
+def test_it_separates_unseen_images_of_both_sides() -> None:
+    fit = fitted(*images(20), attacked(60))
+    clean, labels = images(200, seed=1)
+    assert fit.separation > 3
+    assert fires(fit, clean[labels == TARGET]) <= 0.01
+    assert fires(fit, attacked(500, seed=1)) >= 0.99
+    assert fit.direction.norm() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_scatter_decides_where_it_is_large() -> None:
+    """Along the trigger's own shift the classes scatter widely; the discriminant finds the narrow part of it."""
+    wide = F.normalize(torch.eye(E)[8], dim=0)
+    shift = wide + torch.eye(E)[9]
+    draws = generator(0, "wide")
+    labels = torch.arange(C).repeat_interleave(60)
+    clean = ROWS[labels] + torch.randn(len(labels), 1, generator=draws) * wide
+    clean = clean + 0.05 * torch.randn(clean.shape, generator=draws)
+    found = ROWS[TARGET] + shift + torch.randn(60, 1, generator=draws) * wide
+    found = found + 0.05 * torch.randn(found.shape, generator=draws)
+    fit = fitted(clean, labels, found)
+    naive = F.normalize(shift, dim=0)
+    assert abs(fit.direction @ wide) < 0.2
+    low, high = clean[labels == TARGET] @ naive, found @ naive
+    assert fit.separation > 3 * float((high.mean() - low.mean()) / (low.std() + high.std()))
+
+
+@pytest.mark.parametrize("deviations", [1.0, 2.0, 3.0])
+def test_the_threshold_lies_the_stated_deviations_above_left_out_images(deviations: float) -> None:
+    (clean, labels), found = images(12), attacked(60, shift=3.0)
+    fit = fitted(clean, labels, found, deviations)
+    assert fit.separation > deviations, "the equal point does not bind here"
+    within = torch.cat([clean - torch.stack([clean[labels == c].mean(0) for c in labels]), found - found.mean(0)])
+    scores = []
+    own = clean[labels == TARGET]
+    from sklearn.covariance import LedoitWolf
+
+    precision = torch.linalg.inv(
+        torch.from_numpy(LedoitWolf(assume_centered=True).fit(within.double().numpy()).covariance_)
+    )
+    for i in range(len(own)):
+        rest = torch.cat([own[:i], own[i + 1 :]]).double()
+        direction = F.normalize(precision @ (found.double().mean(0) - rest.mean(0)), dim=0)
+        scores.append(float(own[i].double() @ direction))
+    left_out = torch.tensor(scores)
+    wanted = float(left_out.mean() + deviations * left_out.std())
+    assert fit.threshold == pytest.approx(wanted, abs=1e-6)
+    assert fires(fit, own) <= {1.0: 0.25, 2.0: 0.1, 3.0: 0.0}[deviations]
+
+
+def test_the_threshold_is_never_past_the_equally_improbable_point() -> None:
+    (clean, labels), found = images(12), attacked(60, shift=0.25)
+    generous, modest = fitted(clean, labels, found, 50.0), fitted(clean, labels, found, 0.5)
+    scores = found @ generous.direction
+    equal = float(scores.mean() - generous.separation * scores.std())
+    assert generous.threshold == pytest.approx(equal, abs=1e-5)
+    assert modest.threshold < generous.threshold
+    assert fires(generous, found) > 0.5
+
+
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_few_images_of_the_target_are_enough(own: int) -> None:
+    clean, labels = images(15)
+    keep = torch.cat([(labels != TARGET).nonzero()[:, 0], (labels == TARGET).nonzero()[:own, 0]])
+    fit = fitted(clean[keep], labels[keep], attacked(60))
+    assert torch.isfinite(fit.direction).all()
+    unseen, unseen_labels = images(100, seed=1)
+    assert fit.separation > 1
+    assert fires(fit, unseen[unseen_labels == TARGET]) <= 0.05
+    assert fires(fit, attacked(300, seed=1)) >= 0.95
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_one_image_a_class_is_enough(own: int) -> None:
+    clean, labels = images(1)
+    keep = (labels != TARGET) | (torch.tensor(own) > 0)
+    fit = fitted(clean[keep], labels[keep], attacked(30))
+    unseen, unseen_labels = images(100, seed=1)
+    assert fires(fit, unseen[unseen_labels == TARGET]) <= 0.1
+    assert fires(fit, attacked(300, seed=1)) >= 0.9
+
+
+def test_the_order_of_images_does_not_matter() -> None:
+    (clean, labels), found = images(10), attacked(40)
+    order = torch.randperm(len(labels), generator=generator(0, "order"))
+    one, two = fitted(clean, labels, found), fitted(clean[order], labels[order], found.flip(0))
+    assert torch.allclose(one.direction, two.direction, atol=1e-5)
+    assert one.threshold == pytest.approx(two.threshold, abs=1e-5)
+
+
+def bank_and_data(targets: list[int]) -> tuple[TriggerBank, FeatureSet]:
+    clean, labels = images(10)
+    triggers = tuple(FoundTrigger("additive", target, torch.zeros(3, 2, 2), None) for target in targets)
+    noise = 0.05 * torch.randn(len(targets), len(labels), E, generator=generator(0, "bank"))
+    moved = F.normalize(torch.stack([ROWS[target] + 0.8 * AWAY for target in targets])[:, None] + noise, dim=2)
+    return TriggerBank(triggers), FeatureSet(clean, moved, labels)
+
+
+def test_each_suspect_has_a_test_of_its_own_and_nobody_else() -> None:
+    bank, data = bank_and_data([TARGET, 4, TARGET])
+    original = Head(ROWS, 50.0)
+    test = fit_test(data, bank, [TARGET, 4], original, {}, RuleSettings())
+    assert torch.isfinite(test.thresholds).nonzero().flatten().tolist() == [TARGET, 4]
+    assert test.directions[[0, 1, 3, 5]].abs().max() == 0
+    answers = original.logits(data.clean).argmax(1)
+    assert test.fires(data.clean, answers).float().mean() <= 0.02
+    for triggered in data.triggered:
+        assert test.fires(triggered, original.logits(triggered).argmax(1)).float().mean() >= 0.95
+
+
+def test_a_suspect_whose_triggers_never_succeed_has_no_test() -> None:
+    bank, data = bank_and_data([TARGET])
+    elsewhere = FeatureSet(data.clean, F.normalize(ROWS[5] + 0 * data.triggered, dim=2), data.labels)
+    test = fit_test(elsewhere, bank, [TARGET], Head(ROWS, 50.0), {}, RuleSettings())
+    assert torch.isinf(test.thresholds).all()
+
+
+def test_observed_attack_images_can_fit_alone() -> None:
+    bank, data = bank_and_data([4])
+    observed = {TARGET: attacked(30)}
+    test = fit_test(data, bank, [TARGET], Head(ROWS, 50.0), observed, RuleSettings())
+    assert torch.isfinite(test.thresholds[TARGET])
+    flagged = test.fires(attacked(200, seed=1), torch.full((200,), TARGET))
+    assert flagged.float().mean() >= 0.95
