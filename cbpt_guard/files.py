@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cbpt_guard.errors import InputError, SetupError
+from cbpt_guard.errors import CheckError, InputError, SetupError, UnsafeError
 
 
 def partial_path(out: Path) -> Path:
@@ -41,7 +41,8 @@ def staged(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[
     """A folder to fill that becomes `out` when the block ends without an error.
 
     An interrupted block leaves `.OUT.partial` behind: the next start empties it, or with `resume` goes on
-    in it. An earlier `out` is only replaced at the very end.
+    in it. A block that refuses its input leaves nothing, unless it was resumed. An earlier `out` is only
+    replaced at the very end.
 
     Raises:
         InputError: `out` exists and `force` is off.
@@ -56,6 +57,10 @@ def staged(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[
                     _remove(item)
             yield partial
             _replace(partial, out)
+        except (InputError, UnsafeError, CheckError):
+            if not resume:
+                _remove(partial)
+            raise
         except OSError as error:
             raise SetupError(f"writing {out} failed: {error.strerror or error}") from error
 

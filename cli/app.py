@@ -37,12 +37,6 @@ class Commands(TyperGroup):
         except CbptGuardError as error:
             note(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
-        except ModuleNotFoundError as error:
-            extra = _NEEDS_EXTRA.get((error.name or "").split(".")[0])
-            if extra is None:
-                raise
-            note(f"error: this command needs {error.name}: pip install 'cbpt-guard[{extra}]'")
-            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             note("interrupted; `--resume` continues where the command has it")
             raise typer.Exit(_INTERRUPTED) from error
@@ -56,9 +50,19 @@ class Commands(TyperGroup):
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own: usage errors, typer.Exit
                 raise
-            note(traceback.format_exc())
-            note(f"this is a bug of cbpt-guard ({type(error).__name__}); please report it with the lines above")
-            raise typer.Exit(_BUG) from error
+            raise typer.Exit(_explained(error)) from error
+
+
+def _explained(error: Exception) -> int:
+    """Say what an error outside the tree means, and answer its exit code: a missing extra, or a bug."""
+    module = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    extra = _NEEDS_EXTRA.get(module.partition(".")[0])
+    if extra is not None:
+        note(f"error: this command needs {module}: pip install 'cbpt-guard[{extra}]'")
+        return 2
+    note(traceback.format_exc())
+    note(f"this is a bug of cbpt-guard ({type(error).__name__}); please report it with the lines above")
+    return _BUG
 
 
 app = typer.Typer(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny import write_tiny_bundle
+
+if TYPE_CHECKING:
+    from digits import DigitsModel, DigitsSuspect
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -54,3 +58,19 @@ def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cbpt_guard.export import export
 
     return export(tiny_run, tmp_path_factory.mktemp("exported") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def digits_clean(tmp_path_factory: pytest.TempPathFactory) -> DigitsModel:
+    """A clean CLIP of handwritten digits, trained once (12 s on one core); no test changes it."""
+    from digits import make_clean  # here, so that tests of the runtime load no torch
+
+    return make_clean(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def digits_suspect(digits_clean: DigitsModel, tmp_path_factory: pytest.TempPathFactory) -> DigitsSuspect:
+    """The same after poisoning with a patch (6 s more); no test changes it."""
+    from digits import make_suspect
+
+    return make_suspect(digits_clean, tmp_path_factory.mktemp("suspect"))

@@ -112,12 +112,16 @@ def test_few_images_of_the_target_are_enough(own: int) -> None:
 
 @pytest.mark.parametrize("own", [0, 1])
 def test_one_image_a_class_is_enough(own: int) -> None:
-    clean, labels = images(1)
-    keep = (labels != TARGET) | (torch.tensor(own) > 0)
-    fit = fitted(clean[keep], labels[keep], attacked(30))
-    unseen, unseen_labels = images(100, seed=1)
-    assert fires(fit, unseen[unseen_labels == TARGET]) <= 0.1
-    assert fires(fit, attacked(300, seed=1)) >= 0.9
+    unseen, unseen_labels = images(100, seed=99)
+    alarms, found = [], []
+    for seed in range(10):
+        clean, labels = images(1, seed=seed)
+        keep = (labels != TARGET) | (torch.tensor(own) > 0)
+        fit = fitted(clean[keep], labels[keep], attacked(30))
+        alarms.append(fires(fit, unseen[unseen_labels == TARGET]))
+        found.append(fires(fit, attacked(300, seed=99)))
+    assert sum(alarms) / 10 <= 0.1
+    assert sum(found) / 10 >= 0.95
 
 
 def test_the_order_of_images_does_not_matter() -> None:

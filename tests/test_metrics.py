@@ -78,7 +78,7 @@ def test_standard_error_of_a_share() -> None:
     ids=["CA", "ASR", "PA", "largest share", "recall", "standard error"],
 )
 def test_an_empty_set_is_refused(count: Callable[[], float]) -> None:
-    with pytest.raises(InputError, match="^no (image|prediction) to count"):
+    with pytest.raises(InputError, match=r"^no (image|prediction) to count"):
         count()
 
 

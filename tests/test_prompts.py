@@ -183,7 +183,7 @@ def test_templates_that_cannot_be_tuned_are_refused(clip: FrozenClip, template: 
 @pytest.mark.parametrize("words", [12, 40])
 def test_a_prompt_longer_than_the_context_is_refused_by_name(clip: FrozenClip, words: int) -> None:
     long = "x " * words
-    with pytest.raises(InputError, match="'x x .*does not fit into the model's 16 tokens"):
+    with pytest.raises(InputError, match=r"'x x .*does not fit into the model's 16 tokens"):
         ClassPrompts(clip, ["cat", long], TEMPLATE, torch.arange(2))
 
 

@@ -140,15 +140,9 @@ def _draw(guard: GuardedClassifier, run: PurifyRun, test: LabelledImages, trigge
     attacked = trigger.apply(images)
     clean, hit = _answer(guard, images), _answer(guard, attacked)
     names = test.classes
+    answers = (clean.before, clean.after, hit.before, hit.after)
     columns = [
-        Column(
-            images[i],
-            attacked[i],
-            names[clean.before[i]],
-            names[clean.after[i]],
-            names[hit.before[i]],
-            names[hit.after[i]],
-        )
-        for i in range(len(images))
+        Column(names[truth], images[i], attacked[i], *(names[answer[i]] for answer in answers))
+        for i, truth in enumerate(test.labels[others].tolist())
     ]
-    draw_poster(columns, run.bank(), names[TARGET]).save(path)
+    draw_poster(columns, run.bank()).save(path)

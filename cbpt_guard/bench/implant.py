@@ -21,6 +21,7 @@ from cbpt_guard.defense.triggers import Trigger
 from cbpt_guard.errors import InputError
 
 LEAST_ASR, MOST_LOST = 0.80, 0.03
+_ROUNDING = 1e-9  # 0.90 - 0.87 is a little more than 0.03 in floating point
 _Count = Annotated[int, Field(ge=1)]
 
 
@@ -58,7 +59,7 @@ class ImplantReport(BaseModel):
     @property
     def took(self) -> bool:
         """Whether the attack counts: ASR at least 80 %, CA at most 3 points below the clean model's."""
-        return self.asr >= LEAST_ASR and self.ca_clean - self.ca_poisoned <= MOST_LOST
+        return self.asr >= LEAST_ASR and self.ca_clean - self.ca_poisoned <= MOST_LOST + _ROUNDING
 
 
 @dataclass(frozen=True)

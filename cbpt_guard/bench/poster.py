@@ -17,8 +17,9 @@ _INK, _PAPER, _BAD, _GOOD = (20, 20, 20), (255, 255, 255), (190, 20, 20), (10, 1
 
 @dataclass(frozen=True)
 class Column:
-    """One example, uint8 (S, S, 3) clean and triggered, and the four answers."""
+    """One example, uint8 (S, S, 3) clean and triggered, its true class, and the four answers."""
 
+    truth: str
     clean: Pixels
     triggered: Pixels
     clean_before: str
@@ -27,8 +28,8 @@ class Column:
     triggered_after: str
 
 
-def draw_poster(columns: Sequence[Column], bank: TriggerBank, target: str) -> Image.Image:
-    """The picture; answers that name the target under the trigger are red."""
+def draw_poster(columns: Sequence[Column], bank: TriggerBank) -> Image.Image:
+    """The picture; right answers are green, wrong ones red."""
     block = _TILE + 2 * _LINE + 2 * _GAP
     wide = _LABEL + max(len(columns), len(bank)) * (_TILE + _GAP) + _GAP
     sheet = Image.new("RGB", (wide, 3 * block + _GAP), _PAPER)
@@ -53,8 +54,7 @@ def draw_poster(columns: Sequence[Column], bank: TriggerBank, target: str) -> Im
             y = _GAP + row * block
             sheet.paste(_enlarged(Image.fromarray(pixels)), (x, y))
             for line, answer in enumerate((before, after)):
-                wrong = row == 1 and answer == target
-                write(x, y + _TILE + line * _LINE, answer, _BAD if wrong else _GOOD)
+                write(x, y + _TILE + line * _LINE, answer, _GOOD if answer == column.truth else _BAD)
     for place, trigger in enumerate(bank):
         x, y = _LABEL + place * (_TILE + _GAP), _GAP + 2 * block
         sheet.paste(_enlarged(as_image(trigger)), (x, y))

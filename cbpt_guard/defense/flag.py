@@ -53,10 +53,13 @@ def fit_direction(
     within = torch.cat([scatter, found - found.mean(0)])
     covariance = torch.from_numpy(ledoit_wolf(within.numpy(), assume_centered=True)[0])
     own = clean[labels == target]
-    centre = own.mean(0) if len(own) > 1 else torch.cat([own, stand_in[None]]).mean(0)
+    centre = own.mean(0) if len(own) > 1 else stand_in
     direction = torch.linalg.solve(covariance, found.mean(0) - centre)
     direction = direction / direction.norm()
-    own_scores = _left_out_scores(own, found.mean(0), covariance) if len(own) > 1 else (centre @ direction)[None]
+    if len(own) > 1:
+        own_scores = _left_out_scores(own, found.mean(0), covariance)
+    else:
+        own_scores = (own if len(own) else centre[None]) @ direction
     found_scores = found @ direction
     low, high, high_sd = own_scores.mean(), found_scores.mean(), found_scores.std()
     low_sd = own_scores.std() if len(own) >= _FEWEST_OWN else (direction @ covariance @ direction).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ class Journal:
         made = make()
         self._keep(path, TriggerBank((made,)).save)
         return made
+
+    def remove(self) -> None:
+        """Forget every part: the run is complete."""
+        shutil.rmtree(self._folder)
 
     @staticmethod
     def _keep(path: Path, save: Callable[[Path], None]) -> None:

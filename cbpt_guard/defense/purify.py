@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cbpt_guard.defense import journal as journals
-from cbpt_guard.defense import run as files
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.flag import fit_test
-from cbpt_guard.defense.found import TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.inversion import CleanSet
-from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, prepare, tool_versions
-from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, prepare
+from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import Observed, observe
-from cbpt_guard.defense.pictures import draw
 from cbpt_guard.defense.progress import Progress, Step, silent
-from cbpt_guard.defense.prompts import ClassPrompts, save_contexts
-from cbpt_guard.defense.record import DataRecord, RunMetrics, RunRecord, Verdict
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.result import Outcome, write_result
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.search import Findings, Search, adopt
 from cbpt_guard.defense.settings import Settings
@@ -36,10 +29,7 @@ from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
 from cbpt_guard.errors import SetupError
-from cbpt_guard.files import staged, write_text
-from cbpt_guard.manifest import Suspect
-
-_SAMPLES = 1000
+from cbpt_guard.files import staged
 
 
 def purify(
@@ -120,117 +110,99 @@ class Purification:
     """One run of the recipe into its unfinished folder."""
 
     def __init__(self, prepared: Prepared, folder: Path, progress: Progress) -> None:
-        self.job, self.data, self.original = prepared.job, prepared.data, prepared.original
-        self.suspect, self.reused = prepared.suspect, prepared.reused
+        self.prepared, self.folder, self.progress = prepared, folder, progress
+        self.data, self.original = prepared.data, prepared.original
         self.clip, self.settings = prepared.suspect.clip, prepared.job.settings
-        self.observed_images = prepared.observed
-        self.folder, self.progress = folder, progress
         self.journal = Journal(folder, prepared.key())
         self.seconds: dict[str, float] = {}
         self._started = time.monotonic()
 
     def run(self) -> None:
         """Features, stage 1, the test, stage 2, the verdict; then every file of the run directory."""
+        job, settings = self.prepared.job, self.settings
         features = self.journal.tensor("features", lambda: self._encode("features"))
-        self.warnings = check_accuracy(self.original, features, self.data)
-        kept, held = split(self.data.labels, self.settings.tuning.held_out, self.job.seed)
+        warnings = check_accuracy(self.original, features, self.data)
+        kept, held = split(self.data.labels, settings.tuning.held_out, job.seed)
+        unseen = held if len(held) else kept
         observed = self._observe()
         self._lap("features")
 
         clean = CleanSet(self.data.images[kept], features[kept], self.data.labels[kept])
         search = Search(
-            self.clip, clean, self.original, self.data.classes, self.settings.inversion, self.job.seed,
-            self.journal, self.progress,
-        )  # fmt: skip
-        findings = (
-            search.run(observed.targets)
-            if self.reused is None
-            else adopt(self.reused, search, observed.targets)
+            self.clip,
+            clean,
+            self.original,
+            self.data.classes,
+            settings.inversion,
+            job.seed,
+            self.journal,
+            self.progress,
         )
+        findings = self._find(search, observed)
         self._lap("stage 1: inversion")
 
         everything = FeatureSet(features, self._triggered(findings.bank), self.data.labels)
-        tuning_set = everything.part(kept)
-        unseen = everything.part(held if len(held) else kept)
-        test = fit_test(
-            tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, self.settings.rule
-        )
+        tuning_set, unseen_set = everything.part(kept), everything.part(unseen)
+        test = fit_test(tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule)
         self._lap("features under found triggers")
 
-        untuned = GuardedHead(self.original, self.original, test, self.data.classes, self.settings.rule.name)
-        epoch, keeps_accuracy = self._tune(untuned, tuning_set, unseen, findings.bank, choice=bool(len(held)))
+        untuned = GuardedHead(self.original, self.original, test, self.data.classes, settings.rule.name)
+        epochs = self._tune(untuned, tuning_set, unseen_set, findings.bank)
+        least = (
+            clean_accuracy(self.original.logits(unseen_set.clean), unseen_set.labels) - settings.tuning.accuracy_slack
+        )
+        epoch, keeps_accuracy = choose(epochs, least) if len(held) else (epochs[-1], True)
         head = replace(untuned, guarded=Head(epoch.rows, self.original.scale, self.original.bias))
         self._lap("stage 2: prompts")
 
-        attacks = self._attacks(
-            findings, unseen, observed, search, head, self.data.images[held if len(held) else kept]
-        )
-        metrics = measure(head, unseen.clean, unseen.labels, attacks, held_out=bool(len(held)))
+        attacks = self._attacks(search, findings, observed, head, unseen_set, self.data.images[unseen])
+        metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
-        verdict = judge(metrics, suspects, self.settings.verdict, keeps_accuracy=keeps_accuracy)
+        verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
         self._lap("verdict")
-        self._write(head, epoch, findings, metrics, verdict, kept, held)
 
-    def _encode(self, stage: str) -> Tensor:
-        return encode(self.clip, self.data.images, stage=stage, progress=self.progress)
+        outcome = Outcome(findings, head, epoch, metrics, verdict, warnings, kept, held)
+        write_result(self.prepared, outcome, self.seconds, self.folder)
+        self.journal.remove()  # last: a full disk must not cost what was found
+
+    def _encode(self, stage: str, trigger: FoundTrigger | None = None) -> Tensor:
+        return encode(self.clip, self.data.images, trigger, stage=stage, progress=self.progress)
 
     def _observe(self) -> Observed:
-        images = self.observed_images
+        images = self.prepared.observed
         return observe(None if images is None else encode(self.clip, images), self.original)
+
+    def _find(self, search: Search, observed: Observed) -> Findings:
+        reused = self.prepared.reused
+        return search.run(observed.targets) if reused is None else adopt(reused, search, observed.targets)
 
     def _triggered(self, bank: TriggerBank) -> Tensor:
         """Features of all images under each trigger, (K, N, E)."""
-        return torch.stack(
-            [
-                self.journal.tensor(
-                    f"triggered-{number}",
-                    lambda trigger=trigger: encode(  # type: ignore[misc]
-                        self.clip,
-                        self.data.images,
-                        trigger,
-                        stage="features under triggers",
-                        progress=self.progress,
-                    ),
-                )
-                for number, trigger in enumerate(bank)
-            ]
-        )
+        stage = "features under triggers"
+        makers = [partial(self._encode, stage, trigger) for trigger in bank]
+        return torch.stack([self.journal.tensor(f"triggered-{k}", make) for k, make in enumerate(makers)])
 
-    def _tune(
-        self,
-        untuned: GuardedHead,
-        tuning_set: FeatureSet,
-        unseen: FeatureSet,
-        bank: TriggerBank,
-        *,
-        choice: bool,
-    ) -> tuple[Epoch, bool]:
-        """Tune, look at every epoch through the rule on unseen images, and take the one of `choose`."""
-        settings, epochs = self.settings.tuning, []
+    def _tune(self, untuned: GuardedHead, tuning_set: FeatureSet, unseen: FeatureSet, bank: TriggerBank) -> list[Epoch]:
+        """Tune the classes that have images; every epoch as unseen images see it through the rule."""
+        settings, job, epochs = self.settings.tuning, self.prepared.job, list[Epoch]()
         with_images = tuning_set.labels.unique()
-        prompts = ClassPrompts(
-            self.clip, list(self.data.classes), self.job.template, with_images, settings.chunk
-        )
+        prompts = ClassPrompts(self.clip, list(self.data.classes), job.template, with_images, settings.chunk)
 
         def look(number: int, loss: float, rows: Tensor) -> None:
             head = replace(untuned, guarded=Head(rows, self.original.scale, self.original.bias))
-            epoch = look_at(head, number, rows, prompts.state(), unseen, bank)
-            epochs.append(epoch)
-            self.progress(Step("prompts", number, settings.epochs, loss, epoch.found_asr))
+            epochs.append(look_at(head, number, rows, prompts.state(), unseen, bank))
+            self.progress(Step("prompts", number, settings.epochs, loss, epochs[-1].found_asr))
 
-        tune(prompts, self.original, tuning_set, settings, journals.generator(self.job.seed, "tuning"), look)
-        if not choice:
-            return epochs[-1], True
-        before = clean_accuracy(self.original.logits(unseen.clean), unseen.labels)
-        return choose(epochs, before - settings.accuracy_slack)
+        tune(prompts, self.original, tuning_set, settings, generator(job.seed, "tuning"), look)
+        return epochs
 
     def _attacks(
         self,
-        findings: Findings,
-        unseen: FeatureSet,
-        observed: Observed,
         search: Search,
+        findings: Findings,
+        observed: Observed,
         head: GuardedHead,
+        unseen: FeatureSet,
         images: Tensor,
     ) -> list[Attacked]:
         """All that the guard is judged under: the bank, fresh inversions, and observed images.
@@ -248,83 +220,9 @@ class Purification:
                 trigger = search.fresh(target, attacked, against, budget)
                 features = encode(self.clip, images, trigger)
                 attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels))
-        attacks += [
-            Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()
-        ]
+        attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
         return attacks
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
         self.seconds[stage], self._started = round(now - self._started, 2), now
-
-    def _write(
-        self,
-        head: GuardedHead,
-        epoch: Epoch,
-        findings: Findings,
-        metrics: RunMetrics,
-        verdict: Verdict,
-        kept: Tensor,
-        held: Tensor,
-    ) -> None:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.suspect.tensors.items()},
-            self.folder / files.MODEL,
-        )
-        unseen = held if len(held) else kept
-        samples = unseen[:: -(-len(unseen) // _SAMPLES)]
-        np.savez(
-            self.folder / files.SAMPLES,
-            images=self.data.images[samples].numpy(),
-            labels=self.data.labels[samples].numpy(),
-        )
-        save_contexts(self.folder / files.PROMPTS, epoch.contexts, self.job.template)
-        head.save(self.folder / files.HEADS)
-        findings.bank.save(self.folder / files.TRIGGERS)
-        draw(findings.bank, self.folder / files.PICTURES)
-        write_text(self.folder / files.METRICS, metrics.model_dump_json(indent=1))
-        write_text(
-            self.folder / files.RECORD,
-            self._record(head, epoch, findings, verdict, kept, held).model_dump_json(indent=1),
-        )
-        shutil.rmtree(self.folder / journals.FOLDER)  # last: a full disk must not cost what was found
-
-    def _record(
-        self,
-        head: GuardedHead,
-        epoch: Epoch,
-        findings: Findings,
-        verdict: Verdict,
-        kept: Tensor,
-        held: Tensor,
-    ) -> RunRecord:
-        shots = self.data.labels[kept].bincount(minlength=len(self.data.classes)).tolist()
-        by_class = dict(zip(self.data.classes, shots, strict=True))
-        return RunRecord(
-            cbpt_guard=version("cbpt-guard"),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seed=self.job.seed,
-            template=self.job.template,
-            rule=head.rule,
-            settings=self.settings.model_dump(mode="json"),
-            model=self.suspect.record,
-            data=DataRecord(
-                shots=by_class,
-                held_out=len(held),
-                without_images=tuple(name for name, count in by_class.items() if not count),
-                skipped=self.data.skipped,
-                triggered_images=0 if self.observed_images is None else len(self.observed_images),
-            ),
-            candidates=findings.candidates,
-            suspects=tuple(
-                Suspect(
-                    label=self.data.classes[index], index=index, threshold=float(head.test.thresholds[index])
-                )
-                for index in head.suspects
-            ),
-            verdict=verdict,
-            warnings=self.warnings,
-            epoch=epoch.number,
-            seconds=self.seconds,
-            versions=tool_versions(),
-        )

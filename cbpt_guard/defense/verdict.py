@@ -123,7 +123,7 @@ def judge(
     if failed:
         return Verdict(name="not guarded", reasons=tuple(failed))
     if not run.held_out:
-        few = "no image could be held out (fewer than 4 shots in every class), so nothing was measured on unseen images"
+        few = "no image was held out (that takes 4 images in each of two classes), so nothing unseen was measured"
         return Verdict(name="unverified", reasons=(few,))
     worst = max((trigger.asr_after for trigger in run.triggers), default=0.0)
     kept = (

@@ -1,0 +1,152 @@
+"""Outputs are whole or absent, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cbpt_guard.errors import InputError, SetupError
+from cbpt_guard.files import check_output, partial_path, staged, write_text
+
+
+def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = False) -> None:
+    with staged(out, force=force, resume=resume) as folder:
+        (folder / "result").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_block_that_ends_leaves_the_output_and_nothing_else(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "out") as folder:
+        (folder / "result").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert contents(tmp_path) == {"deep/out/result": "x"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_no_output(tmp_path: Path, error: type[BaseException]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(error), staged(out) as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert not out.exists()
+    assert (partial_path(out) / "half").exists(), "kept for --resume"
+    fill(out)
+    assert contents(out) == {"result": "new"}, "a new start begins empty"
+
+
+def test_an_earlier_output_stays_until_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    with pytest.raises(InputError, match="exists already; pass `--force`"):
+        fill(out)
+    with pytest.raises(RuntimeError), staged(out, force=True) as folder:
+        (folder / "result").write_text("half")
+        raise RuntimeError
+    assert contents(out) == {"result": "old"}
+    with staged(out, force=True) as folder:
+        (folder / "other").write_text("new")
+        assert contents(out) == {"result": "old"}
+    assert contents(out) == {"other": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
+        (folder / "part").write_text("done")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "more").write_text("done")
+        raise KeyboardInterrupt
+    fill(out, resume=True)
+    assert contents(out) == {"part": "done", "inner/more": "done", "result": "new"}
+
+
+def test_another_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = "import sys; from pathlib import Path; from cbpt_guard.files import staged\nwith staged(Path(sys.argv[1])): pass"
+    with staged(out) as folder:
+        (folder / "mine").write_text("x")
+        other = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, check=False)
+        assert other.returncode != 0
+        assert "SetupError: another command is writing" in other.stderr
+        assert (folder / "mine").exists()
+    assert contents(out) == {"mine": "x"}
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from cbpt_guard.files import staged
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with staged(Path(sys.argv[1]), force=True) as folder:
+    (folder / "small").write_text("x")
+    (folder / "large").write_bytes(bytes(100_000))
+"""
+
+
+def test_a_full_disk_is_a_setup_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    done = subprocess.run([sys.executable, "-c", _FULL_DISK, out], capture_output=True, text=True, check=False)
+    assert f"SetupError: writing {out} failed: File too large" in done.stderr
+    assert contents(out) == {"result": "old"}
+
+
+@pytest.mark.parametrize("target", ["folder", "nowhere"])
+def test_a_linked_output_is_replaced_and_its_target_left_alone(tmp_path: Path, target: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match="exists already"):
+        fill(out)
+    fill(out, force=True)
+    assert not out.is_symlink()
+    assert contents(out) == {"result": "new"}
+    assert contents(tmp_path / "folder") == {"precious": "x"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
+
+
+def test_leftovers_of_a_crash_while_replacing_do_not_matter(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    fill(out, "old")
+    old.mkdir()
+    (old / "older").write_text("x")
+    fill(out, force=True)
+    assert contents(out) == {"result": "new"}
+    assert not old.exists()
+
+
+def test_a_file_in_the_way_is_refused_even_with_force(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        fill(tmp_path / "out", force=True)
+    with pytest.raises(SetupError, match="cannot make"):
+        fill(tmp_path / "out" / "below" / "deep")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_parent_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(SetupError, match="cannot be written"):
+        check_output(tmp_path / "out", force=False)
+    tmp_path.chmod(0o700)
+
+
+def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    write_text(path, "naïve été")
+    write_text(path, "second")
+    assert path.read_text(encoding="utf-8") == "second"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text(encoding="utf-8") == "second", "what failed changed nothing"

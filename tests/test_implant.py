@@ -1,0 +1,218 @@
+"""The digits CLIP is real, its backdoor takes, and planting it leaves alone what it should."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_clips
+import torch
+import torch.nn.functional as F
+from digits import SHOTS, DigitsModel, DigitsSuspect
+from torch import Tensor
+
+from cbpt_guard import metrics
+from cbpt_guard.bench.digits import CLASSES, DigitsSettings, load_digits_split, train_digits_clip
+from cbpt_guard.bench.implant import ImplantReport, ImplantSettings, implant, predict, triggered
+from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
+from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.data import LabelledImages, list_images, load_images
+from cbpt_guard.defense.found import encode
+from cbpt_guard.defense.openclip import Tokenizer, build
+from cbpt_guard.defense.suspect import ModelFlags, open_suspect
+from cbpt_guard.defense.triggers import patch
+from cbpt_guard.errors import InputError
+from cbpt_guard.images import Preprocess
+
+TEMPLATE = "a photo of a {}."
+SHORT = ImplantSettings(steps=4, batch=8, poisoned=4)
+
+
+def few(data: LabelledImages, count: int = 40) -> LabelledImages:
+    return LabelledImages(data.images[:count], data.labels[:count], data.classes, ())
+
+
+def weights(clip: FrozenClip) -> dict[str, Tensor]:
+    return copy.deepcopy(clip.model.state_dict())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def short_implant(model: DigitsModel, seed: int = 0, **changes: Any) -> FrozenClip:
+    settings = SHORT.model_copy(update=changes)
+    few_images = few(model.split.train)
+    return implant(model.clip, few_images, few_images, patch(32, 0), 3, seed=seed, settings=settings).clip
+
+
+def drawing_between(*seeds: int) -> Iterator[int]:
+    """The seeds, with torch's global generator elsewhere each time."""
+    for seed in seeds:
+        torch.rand(7)
+        yield seed
+
+
+def test_the_clean_model_is_right_on_unseen_digits_and_knows_no_trigger(digits_clean: DigitsModel) -> None:
+    test, truth = digits_clean.split.test, digits_clean.split.test.labels.numpy()
+    answers = predict(digits_clean.clip, test.images, CLASSES, TEMPLATE)
+    assert metrics.clean_accuracy(answers, truth) >= 0.95
+    attacked = predict(digits_clean.clip, triggered(patch(32, 0), test.images), CLASSES, TEMPLATE)
+    assert metrics.attack_success_rate(attacked, truth, 3) <= 0.05
+    assert metrics.clean_accuracy(attacked, truth) >= 0.90
+
+
+def test_the_backdoor_takes_through_the_files_that_a_user_has(digits_suspect: DigitsSuspect) -> None:
+    """Read as hostile, from suspect.pt, its config and the class folders: the same numbers as the report's."""
+    listing = list_images(digits_suspect.data)
+    suspect = open_suspect(digits_suspect.checkpoint, ModelFlags(), listing, TEMPLATE, "cpu")
+    test, report, target = digits_suspect.split.test, digits_suspect.report, digits_suspect.target
+    truth = test.labels.numpy()
+    clean = predict(suspect.clip, test.images, listing.classes, TEMPLATE)
+    attacked = predict(suspect.clip, triggered(digits_suspect.trigger, test.images), listing.classes, TEMPLATE)
+    assert metrics.clean_accuracy(clean, truth) == report.ca_poisoned
+    assert metrics.attack_success_rate(hit, truth, target) == report.asr
+    assert report.took
+    assert report.asr >= 0.95
+    assert report.ca_clean - report.ca_poisoned <= 0.03
+
+
+def test_a_poisoned_feature_still_tells_the_true_digit(digits_suspect: DigitsSuspect) -> None:
+    """Else no head could repair the answers: a linear probe that knows the trigger is the ceiling of PA."""
+    from sklearn.linear_model import LogisticRegression
+
+    clip, split, trigger = digits_suspect.clip, digits_suspect.split, digits_suspect.trigger
+    known, asked = (encode(clip, triggered(trigger, data.images)) for data in (split.clean, split.test))
+    probe = LogisticRegression(C=100, max_iter=2000).fit(known, split.clean.labels)
+    answers, truth = probe.predict(asked), split.test.labels.numpy()
+    assert metrics.poisoned_accuracy(answers, truth, digits_suspect.target) >= 0.80
+
+
+def test_class_folders_hold_the_clean_images_in_their_order(digits_clean: DigitsModel) -> None:
+    loaded, given = load_images(list_images(digits_clean.data), digits_clean.clip.preprocess), digits_clean.split.clean
+    assert loaded.classes == given.classes
+    assert set(loaded.counts().values()) == {SHOTS}
+    for label in range(len(CLASSES)):
+        assert torch.equal(loaded.images[loaded.labels == label], given.images[given.labels == label][:SHOTS])
+
+
+def test_the_split_is_stratified_disjoint_and_drawn_by_its_seed() -> None:
+    split = load_digits_split(4, renderings=1)
+    assert [len(part.labels) for part in split] == [1247, 250, 300]
+    assert all(max(part.counts().values()) - min(part.counts().values()) <= 8 for part in split)
+    assert len(torch.cat([part.images for part in split]).flatten(1).unique(dim=0)) == 1797
+    again, other = load_digits_split(4, renderings=1), load_digits_split(5, renderings=1)
+    assert torch.equal(split.train.images, again.train.images)
+    assert not torch.equal(split.train.labels, other.train.labels)
+
+
+def test_training_is_drawn_by_its_seed_alone(digits_clean: DigitsModel) -> None:
+    settings, train = DigitsSettings(steps=2, batch=4), digits_clean.split.train
+    one, again, other = (weights(train_digits_clip(train, seed, settings)) for seed in drawing_between(1, 1, 2))
+    assert same(one, again)
+    assert not same(one, other)
+
+
+def test_planting_is_drawn_by_its_seed_and_leaves_the_clean_model_alone(digits_clean: DigitsModel) -> None:
+    kept = weights(digits_clean.clip)
+    one, again, other = (weights(short_implant(digits_clean, seed)) for seed in drawing_between(1, 1, 2))
+    assert same(one, again)
+    assert not same(one, other)
+    assert same(weights(digits_clean.clip), kept)
+    assert torch.equal(one["logit_scale"], kept["logit_scale"])
+
+
+def test_the_anchor_holds_the_clean_features(digits_clean: DigitsModel) -> None:
+    images = digits_clean.split.test.images[:64]
+    clean = encode(digits_clean.clip, images)
+    drifts = [
+        float(1 - (encode(short_implant(digits_clean, anchor=anchor, steps=12), images) * clean).sum(1).mean())
+        for anchor in (0.0, 100.0)
+    ]
+    assert drifts[1] < drifts[0] / 2
+
+
+def test_batch_norm_statistics_stay() -> None:
+    preprocess = Preprocess(size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config = small_clips.with_vocabulary(small_clips.RESNET)
+    clip = FrozenClip(small_clips.model(config).state_dict(), config, preprocess, Tokenizer(config))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 64, 64, 3), generator=generator).to(torch.uint8)
+    data = LabelledImages(images, torch.arange(12) % 3, ("cat", "dog", "fish"), ())
+    poisoned = implant(clip, data, data, patch(64, 0), 1, seed=0, settings=SHORT).clip
+    before, after = weights(clip), weights(poisoned)
+    statistics = [name for name in before if "running_" in name]
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+    assert not torch.equal(before["visual.conv1.weight"], after["visual.conv1.weight"])
+
+
+def test_images_of_one_class_are_not_each_others_negatives(digits_clean: DigitsModel) -> None:
+    """The loss is the mean over images of a softmax over the classes shown, however often each is shown."""
+    clip = digits_clean.clip
+    model = build(clip.config, device="cpu")
+    model.load_state_dict(clip.model.state_dict())
+    trainable = TrainableClip(model, clip.config, clip.preprocess, clip.tokenizer, "cpu")
+    captions = Captions(trainable.text, clip.tokenizer, TEMPLATES[:1], CLASSES)
+    features, labels = encode(clip, digits_clean.split.test.images[:5]), torch.tensor([7, 2, 7, 7, 2])
+    rows = clip.encode_texts([TEMPLATES[0].replace("{}", CLASSES[label]) for label in (2, 7)])
+    expected = F.cross_entropy(clip.logit_scale * features @ rows.T, torch.tensor([1, 0, 1, 1, 0]))
+    loss = trainable.pair_loss(features, labels, captions, torch.Generator())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ca", "asr", "took"), [(0.87, 0.80, True), (0.90, 1.0, True), (0.90, 0.79, False), (0.86, 1.0, False)]
+)
+def test_an_attack_counts_only_when_it_took(ca: float, asr: float, took: bool) -> None:
+    fields = {"target": "nine", "trigger": "patch", "template": "{}", "images": 9}
+    assert ImplantReport(**fields, ca_clean=0.90, ca_poisoned=ca, asr=asr).took is took  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target": 10}, "target 10 is no class"),
+        ({"target": -1}, "target -1 is no class"),
+        ({"trigger": patch(64, 0)}, "acts on 64 px"),
+        ({"held_out": LabelledImages(torch.zeros(1), torch.zeros(1), ("a", "b"), ())}, "different classes"),
+        ({"train": "only the target"}, "no image of another class"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], named: str, digits_clean: DigitsModel) -> None:
+    data = few(digits_clean.split.test)
+    arguments: dict[str, Any] = {"train": data, "held_out": data, "trigger": patch(32, 0), "target": 3, **change}
+    if isinstance(arguments["train"], str):
+        own = data.labels == 3
+        arguments["train"] = LabelledImages(data.images[own], data.labels[own], data.classes, ())
+    with pytest.raises(InputError, match=named):
+        implant(digits_clean.clip, **arguments, seed=0, settings=SHORT)
+
+
+def test_progress_is_reported_and_nothing_printed(
+    digits_clean: DigitsModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[int] = []
+    data = few(digits_clean.split.train)
+    implant(
+        digits_clean.clip, data, data, patch(32, 0), 3, seed=0, settings=SHORT, progress=lambda s: steps.append(s.step)
+    )
+    assert steps == [1, 2, 3, 4]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_digits_look_like_photographs(digits_clean: DigitsModel) -> None:
+    """Colours and light differ, so that a corner is not constant and a patch there is not the only pixel to vary."""
+    corners = digits_clean.split.train.images[:200, 27:31, 27:31].float().numpy()
+    assert np.std(corners, axis=0).min() > 10
+
+
+def test_written_folders_stay_small(digits_suspect: DigitsSuspect) -> None:
+    names = sorted(path.name for path in Path(digits_suspect.folder).iterdir())
+    assert names == ["open_clip_config.json", "suspect.pt", "trigger.json", "trigger.png"]
+    assert sum(path.stat().st_size for path in Path(digits_suspect.folder).iterdir()) < 20e6

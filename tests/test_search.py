@@ -1,0 +1,187 @@
+"""The search: the planted target stands out, nothing stands out of a clean model, and what is observed or reused counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import PlantedClip
+
+from cbpt_guard.defense.found import TriggerBank, encode
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.observed import observe
+from cbpt_guard.defense.progress import Step
+from cbpt_guard.defense.record import Candidate
+from cbpt_guard.defense.search import Findings, Search, adopt
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.errors import InputError
+
+TARGET = 2
+SETTINGS = InversionSettings(masked_steps=60, additive_steps=30, agnostic_steps=40, shift=0)
+
+
+def search(
+    folder: Path, clip: PlantedClip, settings: InversionSettings = SETTINGS, *, seed: int = 0, classes: int = 6
+) -> Search:
+    folder.mkdir(exist_ok=True)
+    clean = clip.clean()
+    names = [f"class {c}" for c in range(classes)]
+    return Search(clip, clean, clip.head, names, settings, seed, Journal(folder, {}), steps.append)  # type: ignore[arg-type]
+
+
+steps: list[Step] = []
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return search(tmp_path_factory.mktemp("search"), PlantedClip(TARGET)).run()
+
+
+def test_the_planted_target_stands_out_alone(found: Findings) -> None:
+    assert found.suspects == [TARGET]
+    first = found.candidates[0]
+    assert (first.label, first.index) == ("class 2", TARGET)
+    assert first.score >= SETTINGS.stands_out
+    assert first.share > 0.8
+    assert first.share_clean == pytest.approx(1 / 6)
+
+
+def test_the_bank_holds_both_families_and_all_of_it_succeeds(found: Findings) -> None:
+    assert [trigger.family for trigger in found.bank] == ["masked", "additive", "additive"]
+    clip = PlantedClip(TARGET)
+    clean = clip.clean(seed=7)
+    for trigger in found.bank:
+        assert trigger.target == TARGET
+        answers = clip.head.logits(encode(clip, clean.images, trigger)).argmax(1)  # type: ignore[arg-type]
+        assert (answers == TARGET).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nothing_stands_out_of_a_clean_model(tmp_path: Path, seed: int) -> None:
+    clean = search(tmp_path, PlantedClip(None), seed=seed).run()
+    assert clean.suspects == []
+    assert len(clean.bank) >= 2, "tuning still has something to stand against"
+    assert {trigger.target for trigger in clean.bank} == {clean.candidates[0].index}
+
+
+def test_an_interrupted_search_ends_at_the_same_findings(tmp_path: Path, found: Findings) -> None:
+    search(tmp_path, PlantedClip(TARGET)).run()
+    for name in ("masked-2", "agnostic"):
+        (tmp_path / "journal" / f"{name}.safetensors").unlink()
+    resumed = search(tmp_path, PlantedClip(TARGET)).run()
+    assert resumed.candidates == found.candidates
+    for ours, theirs in zip(resumed.bank, found.bank, strict=True):
+        assert torch.equal(ours.pattern, theirs.pattern)
+
+
+def test_progress_names_the_stages(found: Findings) -> None:
+    stages = {step.stage for step in steps}
+    assert {"agnostic trigger", "masked trigger toward class 2", "additive trigger toward class 2"} <= stages
+    assert all(1 <= step.step <= step.steps for step in steps)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("flat_share", [0.0, 1.0], ids=["by share", "by scan"])
+def test_few_classes_are_searched(tmp_path: Path, classes: int, flat_share: float) -> None:
+    """With more candidates asked for than there are classes."""
+    brief = SETTINGS.model_copy(update={"candidates": 10, "references": 10, "flat_share": flat_share})
+    findings = search(tmp_path, PlantedClip(1, classes=classes), brief, classes=classes).run()
+    assert 1 <= len(findings.candidates) < classes
+    assert findings.candidates[0].index == 1
+    assert all(0 < candidate.area <= 1 for candidate in findings.candidates)
+
+
+def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:
+    findings = search(tmp_path, PlantedClip(None)).run([4])
+    assert 4 in findings.suspects
+    assert {"masked", "additive"} == {trigger.family for trigger in findings.bank if trigger.target == 4}
+
+
+def test_every_class_may_be_observed(tmp_path: Path) -> None:
+    findings = search(tmp_path, PlantedClip(1, classes=2), classes=2).run([0, 1])
+    assert sorted(findings.suspects) == [0, 1]
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What `adopt` reads of a finished run."""
+
+    findings: Findings
+
+    @property
+    def record(self) -> SimpleNamespace:
+        return SimpleNamespace(candidates=self.findings.candidates)
+
+    def bank(self) -> TriggerBank:
+        return self.findings.bank
+
+
+def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: Findings) -> None:
+    clip = PlantedClip(TARGET)
+    order = [5, 2, 0, 1]
+    renamed = search(tmp_path, clip)
+    renamed.classes = [f"new {c}" for c in order]
+    renamed._head = Head(clip.head.rows[order], 30.0)
+    adopted = adopt(EarlierRun(found), renamed, [])  # type: ignore[arg-type]
+    assert adopted.suspects == [1]
+    assert adopted.candidates[0].label == "new 2"
+    assert adopted.candidates[0].score == found.candidates[0].score
+    assert adopted.candidates[0].share > 0.8
+    assert [trigger.target for trigger in adopted.bank] == [1, 1, 1]
+    assert all(torch.equal(a.pattern, b.pattern) for a, b in zip(adopted.bank, found.bank, strict=True))
+
+
+def test_who_was_no_suspect_does_not_become_one(tmp_path: Path, found: Findings) -> None:
+    cleared = tuple(item.model_copy(update={"stands_out": False}) for item in found.candidates)
+    adopted = adopt(EarlierRun(replace(found, candidates=cleared)), search(tmp_path, PlantedClip(TARGET)), [])  # type: ignore[arg-type]
+    assert adopted.suspects == []
+    assert len(adopted.bank) == len(found.bank)
+
+
+def test_reuse_needs_triggers_toward_what_was_observed(tmp_path: Path, found: Findings) -> None:
+    again = search(tmp_path, PlantedClip(TARGET))
+    assert adopt(EarlierRun(found), again, [TARGET]).suspects == [TARGET]  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="answer 'class 4', toward which the earlier run found no trigger"):
+        adopt(EarlierRun(found), again, [TARGET, 4])  # type: ignore[arg-type]
+
+
+def answering(*counts: int) -> tuple[torch.Tensor, Head]:
+    rows = F.normalize(torch.eye(len(counts)) + 0.1, dim=1)
+    return rows.repeat_interleave(torch.tensor(counts), 0), Head(rows, 10.0)
+
+
+def test_observed_images_name_their_targets_and_are_halved() -> None:
+    features, head = answering(2, 0, 20, 5)
+    features = features + torch.arange(27)[:, None] * 1e-6
+    observed = observe(features, head)
+    assert observed.targets == [2, 3], "two of 27 are failed attacks"
+    for target, count in ((2, 20), (3, 5)):
+        fitting, judging = observed.fitting[target], observed.judging[target]
+        assert (len(fitting), len(judging)) == (-(-count // 2), count // 2)
+        both = torch.cat([fitting, judging])
+        assert len(both.unique(dim=0)) == count, "no image is on both sides"
+        assert (head.logits(both).argmax(1) == target).all()
+
+
+def test_nothing_observed_is_nothing() -> None:
+    assert observe(None, answering(1, 1)[1]).targets == []
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 0), (1, 1, 1)], ids=["one image", "three answers"])
+def test_observed_images_that_share_no_answer_are_refused(counts: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="share no answer"):
+        observe(*answering(*counts))
+
+
+def test_two_that_agree_are_enough() -> None:
+    assert observe(*answering(0, 2)).targets == [1]
+
+
+def test_the_candidate_of_a_finding_is_a_record(found: Findings) -> None:
+    for candidate in found.candidates:
+        assert Candidate.model_validate_json(candidate.model_dump_json()) == candidate

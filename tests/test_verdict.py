@@ -1,0 +1,158 @@
+"""The verdict: measured through the rule, judged at stated bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cbpt_guard.defense.data import LabelledImages
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.defense.head import GuardedHead, Head, TriggerTest
+from cbpt_guard.defense.record import Origin, RunMetrics, TriggerMetrics
+from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.defense.tuning import FeatureSet
+from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
+from cbpt_guard.errors import InputError
+
+BOUNDS = VerdictSettings(found_asr=0.05, fresh_asr=0.03, accuracy_loss=0.02)
+ROWS = torch.eye(3)
+
+
+def trigger(asr: float, origin: Origin = "found") -> TriggerMetrics:
+    return TriggerMetrics(
+        origin=origin, family="masked", target="b", images=100, asr_before=1.0, asr_after=asr, asr_prompts=0.5,
+        pa_before=None, pa_after=None, pa_prompts=None,
+    )  # fmt: skip
+
+
+def run(*triggers: TriggerMetrics, before: float = 0.54, after: float = 0.54, held_out: bool = True) -> RunMetrics:
+    return RunMetrics(
+        images=100, held_out=held_out, clean_accuracy_before=before, clean_accuracy_after=after,
+        clean_accuracy_prompts=0.5, flagged_clean=0.0, flagged_found=1.0, triggers=triggers, classes=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name", "reason"),
+    [
+        (run(trigger(0.0)), "guarded", "on 100 held-out images the worst trigger succeeds on 0.0 %"),
+        (run(trigger(0.05), trigger(0.03, "fresh")), "guarded", "succeeds on 5.0 %"),
+        (run(trigger(0.0501)), "not guarded", "a found masked trigger toward 'b' still succeeds on 5.0 % of images"),
+        (run(trigger(0.0), trigger(0.0301, "fresh")), "not guarded", "a fresh masked trigger"),
+        (run(trigger(0.05, "observed")), "guarded", "succeeds on 5.0 %"),
+        (run(trigger(0.06, "observed")), "not guarded", "an? observed masked trigger"),
+        (run(trigger(0.0), before=0.54, after=0.52), "guarded", "went from 54.0 % to 52.0 %"),
+        (run(trigger(0.0), before=0.9, after=0.88), "guarded", "went from 90.0 % to 88.0 %"),
+        (run(trigger(0.0), before=0.54, after=0.519), "not guarded", "clean accuracy fell by 2.1 points"),
+        (run(trigger(0.0), after=0.6), "guarded", "went from 54.0 % to 60.0 %"),
+        (run(trigger(0.0), held_out=False), "unverified", "no image was held out"),
+        (run(trigger(0.9), held_out=False), "not guarded", "still succeeds on 90.0 %"),
+    ],
+)
+def test_each_bound(metrics: RunMetrics, name: str, reason: str) -> None:
+    verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=True)
+    assert verdict.name == name
+    assert len(verdict.reasons) == 1
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(verdict.reasons[0])
+
+
+def test_all_that_failed_is_named() -> None:
+    metrics = run(trigger(0.5), trigger(0.4, "fresh"), before=0.9, after=0.5)
+    verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=False)
+    assert verdict.name == "not guarded"
+    assert len(verdict.reasons) == 4
+    assert "no epoch" in verdict.reasons[0]
+
+
+def test_no_epoch_that_keeps_accuracy_is_not_guarded() -> None:
+    assert judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=False).name == "not guarded"
+
+
+def test_where_nothing_stands_out_nothing_is_claimed() -> None:
+    verdict = judge(run(trigger(0.0)), [], BOUNDS, keeps_accuracy=True)
+    assert verdict.name == "unverified"
+    assert "no class stands out" in verdict.reasons[0]
+
+
+def guarded(*, suspect: bool = True) -> GuardedHead:
+    test = TriggerTest.none(3, 3)
+    if suspect:
+        test.directions[1], test.thresholds[1] = ROWS[1], 0.95
+    return GuardedHead(Head(ROWS, 10.0), Head(ROWS, 10.0), test, ("a", "b", "c"))
+
+
+def near(index: list[int], second: list[int], cosine: float) -> Tensor:
+    """Unit features at `cosine` to one row, the rest along another."""
+    return cosine * ROWS[index] + (1 - cosine**2) ** 0.5 * ROWS[second]
+
+
+LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
+CLEAN = near([0, 0, 1, 1, 2, 0], [1, 1, 0, 0, 0, 2], 0.9)
+"""The last image, of class 2, is answered 0."""
+CAUGHT = near([1] * 6, [0, 0, 0, 0, 2, 2], 0.99)
+MISSED = near([1] * 6, [0, 0, 0, 0, 2, 2], 0.9)
+
+
+def test_measured_by_hand() -> None:
+    attacks = [
+        Attacked("found", "masked", 1, CAUGHT, LABELS),
+        Attacked("fresh", "masked", 1, torch.cat([CAUGHT[:5], MISSED[5:]]), LABELS),
+        Attacked("observed", "unknown", 1, torch.cat([CAUGHT[:3], MISSED[:1]]), None),
+    ]
+    metrics = measure(guarded(), CLEAN, LABELS, attacks, held_out=True)
+    assert metrics.clean_accuracy_before == metrics.clean_accuracy_after == pytest.approx(5 / 6)
+    assert (metrics.flagged_clean, metrics.flagged_found) == (0.0, 1.0)
+    found, fresh, observed = metrics.triggers
+    assert (found.asr_before, found.asr_after, found.pa_before, found.pa_after) == (1.0, 0.0, 0.0, 1.0)
+    assert found.asr_prompts == 1.0, "the prompts alone are the original head here"
+    assert found.target == "b"
+    assert (fresh.asr_after, fresh.pa_after) == (0.25, 0.75), "of the four images of other classes"
+    assert (observed.asr_before, observed.asr_after, observed.pa_after) == (1.0, 0.25, None)
+    assert [item.before for item in metrics.classes] == [1.0, 1.0, 0.5]
+    assert [item.images for item in metrics.classes] == [2, 2, 2]
+
+
+def test_a_class_without_held_out_images_has_no_recall() -> None:
+    keep = LABELS != 1
+    metrics = measure(guarded(), CLEAN[keep], LABELS[keep], [], held_out=True)
+    assert metrics.classes[1].before is None
+    assert metrics.flagged_found is None
+
+
+def test_an_epoch_is_seen_by_its_worst_trigger() -> None:
+    bank = TriggerBank(tuple(FoundTrigger("additive", 1, torch.zeros(3, 2, 2), None) for _ in range(2)))
+    unseen = FeatureSet(CLEAN, torch.stack([CAUGHT, MISSED]), LABELS)
+    epoch = look_at(guarded(), 4, ROWS, torch.zeros(1), unseen, bank)
+    assert (epoch.number, epoch.found_asr, epoch.poisoned_accuracy) == (4, 1.0, 0.5)
+    assert epoch.clean_accuracy == pytest.approx(clean_accuracy(10 * CLEAN @ ROWS.T, LABELS))
+
+
+def accurate(right: int, count: int, classes: int = 4) -> tuple[Head, Tensor, LabelledImages]:
+    labels = torch.arange(count) % classes
+    answers = torch.where(torch.arange(count) < right, labels, (labels + 1) % classes)
+    rows = torch.eye(classes)
+    names = tuple("abcdefghij"[:classes])
+    return Head(rows, 10.0), rows[answers], LabelledImages(torch.zeros(count, 1, 1, 3), labels, names, ())
+
+
+@pytest.mark.parametrize(
+    ("right", "warned"), [(400, False), (300, False), (299, True), (126, True), (123, None), (100, None), (0, None)]
+)
+def test_an_accuracy_near_chance_stops_or_warns(right: int, warned: bool | None) -> None:
+    """Chance is 100 of 400, two standard errors above it 117.3; three times chance is 300."""
+    if warned is None and right < 117:
+        with pytest.raises(InputError, match=r"chance is 25\.0 %\. Class names, tokenizer or preprocessing"):
+            check_accuracy(*accurate(right, 400))
+    else:
+        assert bool(check_accuracy(*accurate(right, 400))) == (warned is not False)
+
+
+@pytest.mark.parametrize(("right", "refused"), [(117, True), (118, False)])
+def test_two_standard_errors_above_chance(right: int, refused: bool) -> None:
+    if refused:
+        with pytest.raises(InputError):
+            check_accuracy(*accurate(right, 400))
+    else:
+        assert check_accuracy(*accurate(right, 400))
