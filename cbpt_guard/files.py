@@ -22,18 +22,17 @@ def check_output(out: Path, force: bool) -> None:
 
     Raises:
         InputError: something is there already.
-        SetupError: its parent cannot be made or written.
+        SetupError: the folder that it would lie in cannot be written.
     """
     if _is_there(out) and not force:
         raise InputError(f"{out} exists already; pass `--force` to replace it or `--out` to write elsewhere")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, not a folder; move it away or pass another `--out`")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make {out.parent}: {error.strerror}") from error
-    if not os.access(out.parent, os.W_OK):
-        raise SetupError(f"{out.parent} cannot be written; check its permissions or pass another `--out`")
+    standing = next(folder for folder in out.absolute().parents if folder.exists())
+    if not standing.is_dir():
+        raise InputError(f"{standing} is a file, not a folder; pass another `--out`")
+    if not os.access(standing, os.W_OK):
+        raise SetupError(f"{standing} cannot be written; check its permissions or pass another `--out`")
 
 
 @contextmanager
@@ -71,7 +70,7 @@ _LOCK = ".lock"
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     try:
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise SetupError(f"cannot work in {partial}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_guard.cli.show import note, outline, plain
+from cbpt_guard.cli.show import note, one_line, outline, plain
 
 
 def export(
@@ -70,5 +70,5 @@ def inspect(
     from cbpt_guard import inspection
 
     found = inspection.inspect(path)
-    text = json.dumps(found, indent=1) if as_json else plain("\n".join(outline(found)))
+    text = json.dumps(found, indent=1) if as_json else "\n".join(map(one_line, outline(found)))
     sys.stdout.write(text + "\n")

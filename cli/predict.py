@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_guard.cli.show import note, plain
+from cbpt_guard.cli.show import note, one_line
 
 
 def predict(
@@ -31,12 +31,11 @@ def predict(
         if as_json:
             sys.stdout.write(json.dumps({"path": str(path)} | answer.to_dict()) + "\n")
         elif answer.error is not None:
-            note(f"{path}: {answer.error}")
+            note(one_line(f"{path}: {answer.error}"))
         else:
-            flags = "".join(f"\t{name}" for name in ("changed", "triggered") if getattr(answer, name))
-            sys.stdout.write(
-                plain(f"{path}\t{answer.label or '-'}\t{answer.score:.4f}".replace("\n", " ")) + flags + "\n"
-            )
+            flags = [name for name in ("changed", "triggered") if getattr(answer, name)]
+            fields = (str(path), answer.label or "-", f"{answer.score:.4f}", *flags)
+            sys.stdout.write("\t".join(map(one_line, fields)) + "\n")
     if failed:
         note(f"{failed} of {len(images)} images failed")
         raise typer.Exit(1)

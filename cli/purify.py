@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbpt_guard.cli.show import live, note, percent, table
+from cbpt_guard.cli.show import live, note, one_line, percent, table
 
 if TYPE_CHECKING:
     from cbpt_guard.defense.record import RunMetrics, RunRecord
@@ -99,7 +99,7 @@ def show_run(run: PurifyRun) -> None:
     for text in (*record.model.notes, *record.warnings):
         note(f"  note: {text}")
     if record.data.without_images:
-        note(f"classes without images keep their original rows: {', '.join(record.data.without_images)}")
+        note(f"classes without images keep their original rows: {', '.join(map(one_line, record.data.without_images))}")
     if record.data.skipped:
         note(f"{len(record.data.skipped)} images could not be read and were left out")
     _show_candidates(record)

@@ -24,6 +24,11 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def one_line(text: str) -> str:
+    """`plain` text on one line: a name must not pass itself off as a message."""
+    return plain(text).replace("\n", " ")
+
+
 def note(text: str) -> None:
     """One message on stderr."""
     sys.stderr.write(plain(text).rstrip("\n") + "\n")
@@ -53,7 +58,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for number, column in enumerate(columns):
         built.add_column(Text(plain(column)), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        built.add_row(*(Text(plain(cell)) for cell in row))
+        built.add_row(*(Text(one_line(cell)) for cell in row))
     console = _console()
     console.print(built)
 
@@ -81,7 +86,7 @@ def live() -> Iterator[Callable[[Step], None]]:
 
         def show(step: Step) -> None:
             if step.stage not in tasks or (bars.tasks[tasks[step.stage]].finished and step.step < step.steps):
-                tasks[step.stage] = bars.add_task(plain(step.stage), total=step.steps, numbers="")
+                tasks[step.stage] = bars.add_task(one_line(step.stage), total=step.steps, numbers="")
             loss = "" if step.loss is None else f"loss {step.loss:7.3f}"
             asr = "" if step.asr is None else f"  ASR {percent(step.asr)} %"
             bars.update(bars.task_ids[tasks[step.stage]], completed=step.step, numbers=loss + asr)

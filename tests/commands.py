@@ -69,7 +69,8 @@ def assert_refused(
     assert found == code, (result.stdout, result.stderr)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    assert result.stderr.count("error: ") == (0 if usage else 1), result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == (0 if usage else 1), result.stderr
     assert usage or result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr, result.stderr

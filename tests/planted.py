@@ -16,6 +16,8 @@ from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.openclip import Tokenizer
 from cbpt_guard.images import Preprocess
 
+torch.set_num_threads(1)  # on tensors this small several threads mostly wait for each other
+
 NAMES = ["apple", "banana", "a pair of old shoes", "dog", "street car"]
 TEMPLATE = "a photo of a {}."
 SIZE, PATCH = 16, 4

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from commands import ENVIRONMENT, SCRIPT, assert_refused, blocking, cli, python, script
 from PIL import Image
@@ -106,11 +105,8 @@ def test_a_module_that_no_extra_brings_is_a_bug(monkeypatch: pytest.MonkeyPatch)
     [
         (["purify", "--model", "m.pt", "--data", "d"], "torch", "purify"),
         (["purify", "--model", "m.pt", "--data", "d"], "open_clip", "purify"),
-        (["purify", "--model", "m.pt", "--data", "d"], "safetensors", "purify"),
         (["export"], "torch", "purify"),
-        (["export"], "onnx", "purify"),
         (["demo"], "torch", "purify"),
-        (["demo"], "sklearn", "purify"),
         (["verify", "BUNDLE"], "onnxruntime", "cpu"),
         (["verify", "BUNDLE", "--deep"], "onnx", "purify"),
         (["verify", "BUNDLE", "--deep", "--run", "."], "torch", "purify"),
@@ -139,10 +135,12 @@ def test_export_writes_a_bundle_and_says_where(tiny_run: Path, folder: Path) -> 
     assert open_bundle("bundle").labels == CLASSES
 
 
-def test_export_keeps_what_is_there_unless_forced(tiny_run: Path, exported: Path) -> None:
+def test_export_keeps_what_is_there_until_it_can_replace_it(tiny_run: Path, exported: Path) -> None:
     shutil.copytree(exported, "bundle")
     before = open_bundle("bundle").digest
     assert_refused(cli("export", "--run", tiny_run), "bundle exists already", "--force", "--out")
+    with no_file_above(4096):
+        assert_refused(cli("export", "--run", tiny_run, "--force"), "writing bundle failed", "File too large")
     assert open_bundle("bundle").digest == before
     assert cli("export", "--run", tiny_run, "--force").exit_code == 0
     assert open_bundle("bundle").digest != before
@@ -153,8 +151,13 @@ def test_export_refuses_a_run_that_is_not_guarded(verdict: Any, folder: Path) ->
     run = write_run(folder / "purified", verdict=verdict)
     assert_refused(cli("export"), f"purified is {verdict}", "ASR 40 % > 5 %", "--allow-unguarded", code=1)
     assert list(folder.iterdir()) == [run]
+
+
+def test_export_of_an_unguarded_run_is_allowed_by_name_and_recorded(folder: Path) -> None:
+    write_run(folder / "purified", verdict="not guarded")
     assert cli("export", "--allow-unguarded").exit_code == 0
-    assert json.loads(cli("inspect", "bundle", "--json").stdout)["allow_unguarded"] is True
+    found = json.loads(cli("inspect", "bundle", "--json").stdout)
+    assert (found["verdict"], found["allow_unguarded"]) == ("not guarded", True)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +182,6 @@ def test_export_reads_finished_runs_only(name: str, words: tuple[str, ...], own_
 def test_export_refuses_an_impossible_opset(tiny_run: Path, folder: Path) -> None:
     assert_refused(cli("export", "--run", tiny_run, "--opset", 7), "opset 7", "18")
     assert list(folder.iterdir()) == []
-
-
-def test_export_onto_a_full_disk_leaves_no_bundle(tiny_run: Path) -> None:
-    with no_file_above(4096):
-        result = cli("export", "--run", tiny_run)
-    assert_refused(result, "writing bundle failed", "File too large")
-    assert not Path("bundle").exists()
-    assert cli("export", "--run", tiny_run).exit_code == 0
 
 
 # verify
@@ -354,7 +349,9 @@ def test_demo_answers_1_when_it_did_not_show_its_point(monkeypatch: pytest.Monke
 
 def test_demo_keeps_what_is_there_unless_forced(folder: Path) -> None:
     (folder / "demo").mkdir()
-    assert_refused(cli("demo"), "demo exists already", "--force")
+    result = cli("demo")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].startswith("error: demo exists already; pass `--force`")
     assert list(folder.iterdir()) == [folder / "demo"]
 
 
@@ -378,16 +375,15 @@ def test_no_name_reaches_the_terminal_raw(own_run: Path, tiny_bundle: Path, imag
 
     text = (own_run / "run.json").read_text()
     (own_run / "run.json").write_text(text.replace('"banana"', json.dumps(EVIL)))
-    labels = [EVIL, "green", "blue", "yellow", "grey"]
+    labels = ["red", EVIL, "blue", "yellow", "grey"]
     (tiny_bundle / "labels.json").write_text(json.dumps(labels))
     write_manifest(tiny_bundle, parse_manifest((tiny_bundle / "manifest.json").read_bytes()))
     evil = images[0].rename(images[0].with_name("\x1b]0;owned\x07\n.png"))
-    Image.fromarray(np.full((32, 32, 3), (140, 120, 110), np.uint8)).save("reddish.png")
     for arguments in (
         ["inspect", own_run],
         ["inspect", own_run, "--json"],
         ["inspect", tiny_bundle],
-        ["predict", tiny_bundle, evil, "reddish.png"],
+        ["predict", tiny_bundle, evil, *images],
         ["predict", tiny_bundle, evil, "--json"],
         ["verify", tiny_bundle],
         ["inspect", "\x1b[2J"],
@@ -395,7 +391,9 @@ def test_no_name_reaches_the_terminal_raw(own_run: Path, tiny_bundle: Path, imag
     ):
         result = cli(*arguments)
         assert not set(result.output) & set("\x1b\x07\x9b\r\u202e"), arguments
-    assert len(cli("predict", tiny_bundle, "reddish.png").stdout.splitlines()) == 1
+    answers = cli("predict", tiny_bundle, evil, images[1]).stdout
+    assert len(answers.splitlines()) == 2
+    assert "\N{REPLACEMENT CHARACTER}[31mred" in answers
     assert "[bold]" in cli("inspect", own_run).stdout  # markup is text, not a style
 
 

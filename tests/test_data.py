@@ -73,7 +73,7 @@ def test_only_visible_images_are_listed(data: Path) -> None:
 
 def test_a_csv_lies_beside_its_images(data: Path, tmp_path: Path) -> None:
     elsewhere = picture(tmp_path / "elsewhere.png")
-    rows = f"note,path,label\r\na,data/dog/0.png,hound\r\nb,data/cat/1.png,kitten\r\nc,{elsewhere},hound\r\n"
+    rows = f"path,note,label\r\ndata/dog/0.png,a,hound\r\ndata/cat/1.png,b,kitten\r\n{elsewhere},c,hound\r\n"
     listing = list_images(table(tmp_path, "\ufeff" + rows))
     assert listing.classes == ("hound", "kitten")
     assert set(listing.files[0]) == {data / "dog" / "0.png", elsewhere}

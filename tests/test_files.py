@@ -18,6 +18,13 @@ def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = Fa
         (folder / "result").write_text(text)
 
 
+def interrupt(out: Path, error: type[BaseException], *, force: bool = False, resume: bool = False) -> None:
+    with staged(out, force=force, resume=resume) as folder:
+        (folder / "half").mkdir(exist_ok=True)
+        (folder / "half" / "part").write_text("done")
+        raise error
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
@@ -33,13 +40,24 @@ def test_a_block_that_ends_leaves_the_output_and_nothing_else(tmp_path: Path) ->
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_block_that_fails_leaves_no_output(tmp_path: Path, error: type[BaseException]) -> None:
     out = tmp_path / "out"
-    with pytest.raises(error), staged(out) as folder:
-        (folder / "half").write_text("x")
-        raise error
+    with pytest.raises(error):
+        interrupt(out, error)
     assert not out.exists()
-    assert (partial_path(out) / "half").exists(), "kept for --resume"
+    assert (partial_path(out) / "half" / "part").exists(), "kept for --resume"
     fill(out)
     assert contents(out) == {"result": "new"}, "a new start begins empty"
+
+
+def test_a_refused_input_leaves_nothing_but_what_was_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError):
+        interrupt(out, InputError)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(out, KeyboardInterrupt)
+    with pytest.raises(InputError):
+        interrupt(out, InputError, resume=True)
+    assert (partial_path(out) / "half" / "part").exists()
 
 
 def test_an_earlier_output_stays_until_the_end(tmp_path: Path) -> None:
@@ -47,9 +65,8 @@ def test_an_earlier_output_stays_until_the_end(tmp_path: Path) -> None:
     fill(out, "old")
     with pytest.raises(InputError, match="exists already; pass `--force`"):
         fill(out)
-    with pytest.raises(RuntimeError), staged(out, force=True) as folder:
-        (folder / "result").write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        interrupt(out, RuntimeError, force=True)
     assert contents(out) == {"result": "old"}
     with staged(out, force=True) as folder:
         (folder / "other").write_text("new")
@@ -60,21 +77,18 @@ def test_an_earlier_output_stays_until_the_end(tmp_path: Path) -> None:
 
 def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
-        (folder / "part").write_text("done")
-        (folder / "inner").mkdir()
-        (folder / "inner" / "more").write_text("done")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(out, KeyboardInterrupt)
     fill(out, resume=True)
-    assert contents(out) == {"part": "done", "inner/more": "done", "result": "new"}
+    assert contents(out) == {"half/part": "done", "result": "new"}
 
 
 def test_another_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code = "import sys; from pathlib import Path; from cbpt_guard.files import staged\nwith staged(Path(sys.argv[1])): pass"
+    code = f"from pathlib import Path; from cbpt_guard.files import staged\nwith staged(Path({str(out)!r})): pass"
     with staged(out) as folder:
         (folder / "mine").write_text("x")
-        other = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, check=False)
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert other.returncode != 0
         assert "SetupError: another command is writing" in other.stderr
         assert (folder / "mine").exists()
@@ -115,14 +129,18 @@ def test_a_linked_output_is_replaced_and_its_target_left_alone(tmp_path: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
 
 
-def test_leftovers_of_a_crash_while_replacing_do_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_leftovers_of_a_crash_while_replacing_do_not_matter(tmp_path: Path, linked: bool) -> None:
     out, old = tmp_path / "out", tmp_path / ".out.old"
     fill(out, "old")
-    old.mkdir()
-    (old / "older").write_text("x")
+    if linked:
+        old.symlink_to(tmp_path / "elsewhere")
+    else:
+        old.mkdir()
+        (old / "older").write_text("x")
     fill(out, force=True)
     assert contents(out) == {"result": "new"}
-    assert not old.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_in_the_way_is_refused_even_with_force(tmp_path: Path) -> None:

@@ -124,6 +124,27 @@ def test_one_image_a_class_is_enough(own: int) -> None:
     assert sum(found) / 10 >= 0.95
 
 
+@pytest.mark.parametrize("own", [2, 3])
+def test_the_deviation_of_two_images_is_not_believed(own: int) -> None:
+    unseen, unseen_labels = images(100, seed=99)
+    alarms = []
+    for seed in range(10):
+        clean, labels = images(15, seed=seed)
+        keep = torch.cat([(labels != TARGET).nonzero()[:, 0], (labels == TARGET).nonzero()[:own, 0]])
+        alarms.append(fires(fitted(clean[keep], labels[keep], attacked(60)), unseen[unseen_labels == TARGET]))
+    assert sum(alarms) / 10 <= 0.05
+    assert max(alarms) <= 0.3
+
+
+def test_images_alone_in_their_class_say_nothing_of_scatter() -> None:
+    (clean, labels), found = images(12), attacked(40)
+    alone = F.normalize(torch.randn(50, E, generator=generator(0, "alone")), dim=1)
+    more = fitted(torch.cat([clean, alone]), torch.cat([labels, C + torch.arange(50)]), found)
+    few = fitted(clean, labels, found)
+    assert torch.equal(more.direction, few.direction)
+    assert more.threshold == few.threshold
+
+
 def test_the_order_of_images_does_not_matter() -> None:
     (clean, labels), found = images(10), attacked(40)
     order = torch.randperm(len(labels), generator=generator(0, "order"))

@@ -75,7 +75,7 @@ def test_the_backdoor_takes_through_the_files_that_a_user_has(digits_suspect: Di
     clean = predict(suspect.clip, test.images, listing.classes, TEMPLATE)
     attacked = predict(suspect.clip, triggered(digits_suspect.trigger, test.images), listing.classes, TEMPLATE)
     assert metrics.clean_accuracy(clean, truth) == report.ca_poisoned
-    assert metrics.attack_success_rate(hit, truth, target) == report.asr
+    assert metrics.attack_success_rate(attacked, truth, target) == report.asr
     assert report.took
     assert report.asr >= 0.95
     assert report.ca_clean - report.ca_poisoned <= 0.03

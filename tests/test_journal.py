@@ -30,13 +30,13 @@ def test_a_tensor_is_made_once_and_comes_back_bit_for_bit(tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", ["masked", "additive"])
 def test_a_trigger_is_made_once_and_comes_back_bit_for_bit(tmp_path: Path, family: str) -> None:
     mask = torch.rand(1, 4, 4, generator=generator(0, "mask")) if family == "masked" else None
-    made = FoundTrigger(family, 7, torch.rand(3, 4, 4, generator=generator(0, "paint")), mask)  # type: ignore[arg-type]
+    made = FoundTrigger(family, 7, torch.rand(3, 4, 4, generator=generator(0, "paint")), mask)
     Journal(tmp_path, KEY).trigger("part, with a long name", lambda: made)
-    again = Journal(tmp_path, KEY).trigger("part, with a long name", never)  # type: ignore[arg-type]
+    again = Journal(tmp_path, KEY).trigger("part, with a long name", never)
     assert (again.family, again.target) == (family, 7)
     assert torch.equal(again.pattern, made.pattern)
     assert (again.mask is None) == (mask is None)
-    assert mask is None or torch.equal(again.mask, mask)  # type: ignore[arg-type]
+    assert mask is None or torch.equal(again.mask, mask)
 
 
 def test_a_part_that_failed_is_made_again(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_damaged_part_is_refused(tmp_path: Path, keep: int) -> None:
     with pytest.raises(InputError, match=r"part\.safetensors is damaged"):
         journal.tensor("part", never)
     with pytest.raises(InputError, match=r"found\.safetensors"):
-        journal.trigger("found", never)  # type: ignore[arg-type]
+        journal.trigger("found", never)
 
 
 def test_each_purpose_draws_for_itself() -> None:

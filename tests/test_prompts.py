@@ -38,7 +38,7 @@ def full_length(clip: FrozenClip, texts: list[str]) -> Tensor:
 
 
 def open_clips_own(clip: FrozenClip, texts: list[str]) -> Tensor:
-    features: Tensor = clip.model.encode_text(clip.tokenizer(texts), normalize=True)  # type: ignore[operator]
+    features: Tensor = clip.model.encode_text(clip.tokenizer(texts), normalize=True)
     return features
 
 

@@ -1,4 +1,4 @@
-"""The search: the planted target stands out, nothing stands out of a clean model, and what is observed or reused counts."""
+"""The search: a planted target stands out, nothing of a clean model does, and observed or stored triggers count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.errors import InputError
 
 TARGET = 2
+steps: list[Step] = []
 SETTINGS = InversionSettings(masked_steps=60, additive_steps=30, agnostic_steps=40, shift=0)
+BRIEF = SETTINGS.model_copy(update={"masked_steps": 10, "additive_steps": 5})
 
 
 def search(
@@ -31,10 +33,7 @@ def search(
     folder.mkdir(exist_ok=True)
     clean = clip.clean()
     names = [f"class {c}" for c in range(classes)]
-    return Search(clip, clean, clip.head, names, settings, seed, Journal(folder, {}), steps.append)  # type: ignore[arg-type]
-
-
-steps: list[Step] = []
+    return Search(clip, clean, clip.head, names, settings, seed, Journal(folder, {}), steps.append)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_the_bank_holds_both_families_and_all_of_it_succeeds(found: Findings) ->
     clean = clip.clean(seed=7)
     for trigger in found.bank:
         assert trigger.target == TARGET
-        answers = clip.head.logits(encode(clip, clean.images, trigger)).argmax(1)  # type: ignore[arg-type]
+        answers = clip.head.logits(encode(clip, clean.images, trigger)).argmax(1)
         assert (answers == TARGET).float().mean() > 0.9
 
 
@@ -89,21 +88,26 @@ def test_progress_names_the_stages(found: Findings) -> None:
 @pytest.mark.parametrize("flat_share", [0.0, 1.0], ids=["by share", "by scan"])
 def test_few_classes_are_searched(tmp_path: Path, classes: int, flat_share: float) -> None:
     """With more candidates asked for than there are classes."""
-    brief = SETTINGS.model_copy(update={"candidates": 10, "references": 10, "flat_share": flat_share})
+    brief = BRIEF.model_copy(update={"candidates": 10, "references": 10, "flat_share": flat_share})
     findings = search(tmp_path, PlantedClip(1, classes=classes), brief, classes=classes).run()
     assert 1 <= len(findings.candidates) < classes
     assert findings.candidates[0].index == 1
     assert all(0 < candidate.area <= 1 for candidate in findings.candidates)
 
 
+def test_a_class_is_always_left_to_compare_with(tmp_path: Path) -> None:
+    asked = search(tmp_path, PlantedClip(1, classes=3), BRIEF.model_copy(update={"candidates": 10}), classes=3)
+    assert asked._chosen(torch.full((3,), 0.2), [2, 0, 1]) == [0, 2]
+
+
 def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:
-    findings = search(tmp_path, PlantedClip(None)).run([4])
+    findings = search(tmp_path, PlantedClip(None), BRIEF).run([4])
     assert 4 in findings.suspects
     assert {"masked", "additive"} == {trigger.family for trigger in findings.bank if trigger.target == 4}
 
 
 def test_every_class_may_be_observed(tmp_path: Path) -> None:
-    findings = search(tmp_path, PlantedClip(1, classes=2), classes=2).run([0, 1])
+    findings = search(tmp_path, PlantedClip(1, classes=2), BRIEF, classes=2).run([0, 1])
     assert sorted(findings.suspects) == [0, 1]
 
 
@@ -127,7 +131,7 @@ def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: 
     renamed = search(tmp_path, clip)
     renamed.classes = [f"new {c}" for c in order]
     renamed._head = Head(clip.head.rows[order], 30.0)
-    adopted = adopt(EarlierRun(found), renamed, [])  # type: ignore[arg-type]
+    adopted = adopt(EarlierRun(found), renamed, [])
     assert adopted.suspects == [1]
     assert adopted.candidates[0].label == "new 2"
     assert adopted.candidates[0].score == found.candidates[0].score
@@ -138,16 +142,17 @@ def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: 
 
 def test_who_was_no_suspect_does_not_become_one(tmp_path: Path, found: Findings) -> None:
     cleared = tuple(item.model_copy(update={"stands_out": False}) for item in found.candidates)
-    adopted = adopt(EarlierRun(replace(found, candidates=cleared)), search(tmp_path, PlantedClip(TARGET)), [])  # type: ignore[arg-type]
+    adopted = adopt(EarlierRun(replace(found, candidates=cleared)), search(tmp_path, PlantedClip(TARGET)), [])
     assert adopted.suspects == []
+    assert adopted.candidates == ()
     assert len(adopted.bank) == len(found.bank)
 
 
 def test_reuse_needs_triggers_toward_what_was_observed(tmp_path: Path, found: Findings) -> None:
     again = search(tmp_path, PlantedClip(TARGET))
-    assert adopt(EarlierRun(found), again, [TARGET]).suspects == [TARGET]  # type: ignore[arg-type]
+    assert adopt(EarlierRun(found), again, [TARGET]).suspects == [TARGET]
     with pytest.raises(InputError, match="answer 'class 4', toward which the earlier run found no trigger"):
-        adopt(EarlierRun(found), again, [TARGET, 4])  # type: ignore[arg-type]
+        adopt(EarlierRun(found), again, [TARGET, 4])
 
 
 def answering(*counts: int) -> tuple[torch.Tensor, Head]:

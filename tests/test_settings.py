@@ -75,4 +75,4 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().tuning.epochs = 5  # type: ignore[misc]
+        Settings().tuning.epochs = 5

@@ -41,7 +41,7 @@ def run(*triggers: TriggerMetrics, before: float = 0.54, after: float = 0.54, he
         (run(trigger(0.0501)), "not guarded", "a found masked trigger toward 'b' still succeeds on 5.0 % of images"),
         (run(trigger(0.0), trigger(0.0301, "fresh")), "not guarded", "a fresh masked trigger"),
         (run(trigger(0.05, "observed")), "guarded", "succeeds on 5.0 %"),
-        (run(trigger(0.06, "observed")), "not guarded", "an? observed masked trigger"),
+        (run(trigger(0.06, "observed")), "not guarded", "observed masked trigger toward 'b' still succeeds on 6.0 %"),
         (run(trigger(0.0), before=0.54, after=0.52), "guarded", "went from 54.0 % to 52.0 %"),
         (run(trigger(0.0), before=0.9, after=0.88), "guarded", "went from 90.0 % to 88.0 %"),
         (run(trigger(0.0), before=0.54, after=0.519), "not guarded", "clean accuracy fell by 2.1 points"),
@@ -54,8 +54,7 @@ def test_each_bound(metrics: RunMetrics, name: str, reason: str) -> None:
     verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=True)
     assert verdict.name == name
     assert len(verdict.reasons) == 1
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(verdict.reasons[0])
+    assert reason in verdict.reasons[0]
 
 
 def test_all_that_failed_is_named() -> None:
@@ -137,22 +136,13 @@ def accurate(right: int, count: int, classes: int = 4) -> tuple[Head, Tensor, La
     return Head(rows, 10.0), rows[answers], LabelledImages(torch.zeros(count, 1, 1, 3), labels, names, ())
 
 
-@pytest.mark.parametrize(
-    ("right", "warned"), [(400, False), (300, False), (299, True), (126, True), (123, None), (100, None), (0, None)]
-)
-def test_an_accuracy_near_chance_stops_or_warns(right: int, warned: bool | None) -> None:
-    """Chance is 100 of 400, two standard errors above it 117.3; three times chance is 300."""
-    if warned is None and right < 117:
-        with pytest.raises(InputError, match=r"chance is 25\.0 %\. Class names, tokenizer or preprocessing"):
-            check_accuracy(*accurate(right, 400))
-    else:
-        assert bool(check_accuracy(*accurate(right, 400))) == (warned is not False)
+@pytest.mark.parametrize(("right", "warnings"), [(400, 0), (300, 0), (299, 1), (118, 1)])
+def test_an_accuracy_under_three_times_chance_warns(right: int, warnings: int) -> None:
+    """Chance is 100 of 400, and two standard errors above it 117.3."""
+    assert len(check_accuracy(*accurate(right, 400))) == warnings
 
 
-@pytest.mark.parametrize(("right", "refused"), [(117, True), (118, False)])
-def test_two_standard_errors_above_chance(right: int, refused: bool) -> None:
-    if refused:
-        with pytest.raises(InputError):
-            check_accuracy(*accurate(right, 400))
-    else:
-        assert check_accuracy(*accurate(right, 400))
+@pytest.mark.parametrize("right", [117, 100, 0])
+def test_an_accuracy_not_clearly_above_chance_stops(right: int) -> None:
+    with pytest.raises(InputError, match=r"chance is 25\.0 %\. Class names, tokenizer or preprocessing"):
+        check_accuracy(*accurate(right, 400))

@@ -29,7 +29,8 @@ class ImplantSettings(BaseModel):
     """How a backdoor is planted.
 
     A step sees `batch` clean pairs and `poisoned` triggered ones. `anchor` weighs the distance of the clean
-    images' features to the clean model's: it keeps the clean accuracy while the trigger is learnt.
+    images' features to the clean model's: it keeps the clean accuracy while the trigger is learnt. The learning rate
+    suits the small digits CLIP and is not tuned for a larger model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -108,7 +108,8 @@ class FrozenClip:
         tokenizer: Tokenizer,
         device: str = "cpu",
     ) -> None:
-        model = build(config, device="cpu")
+        with torch.random.fork_rng(devices=[]):  # open_clip draws weights that are replaced at once
+            model = build(config, device="cpu")
         try:
             model.load_state_dict(dict(tensors))
         except RuntimeError as error:
