@@ -94,9 +94,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
     return _digest(data)
 
 
-def open_bundle(
-    path: str | os.PathLike[str], digest: str | None = None, precision: str | None = None
-) -> OpenedBundle:
+def open_bundle(path: str | os.PathLike[str], digest: str | None = None, precision: str | None = None) -> OpenedBundle:
     """Read a bundle's files once, check each against the manifest, and hand the same bytes on.
 
     Args:

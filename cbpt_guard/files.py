@@ -61,7 +61,8 @@ def staged(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[
                 _remove(partial)
             raise
         except OSError as error:
-            raise SetupError(f"writing {out} failed: {error.strerror or error}") from error
+            where = f" ({error.filename})" if error.filename else ""
+            raise SetupError(f"writing {out} failed: {error.strerror or error}{where}") from error
 
 
 _LOCK = ".lock"

@@ -28,9 +28,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | Pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _OPENED_AS = (*FORMATS, "MPO")  # Pillow's JPEG reader calls a JPEG with a second picture inside MPO
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:/")
-_ONE_LOADS = (
-    threading.Lock()
-)  # a lazily opened image may stand in a list twice, and its load is not thread-safe
+_ONE_LOADS = threading.Lock()  # a lazily opened image may stand in a list twice, and its load is not thread-safe
 
 
 class Preprocess(BaseModel):

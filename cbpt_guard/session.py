@@ -82,16 +82,12 @@ class Session:
             raise InputError(f"the graph takes {expected}, not {pixels.dtype} {pixels.shape}")
         starts = range(0, max(len(pixels), 1), batch_size)
         try:
-            parts = [
-                self._session.run(GRAPH_OUTPUTS, {GRAPH_INPUT: pixels[i : i + batch_size]}) for i in starts
-            ]
+            parts = [self._session.run(GRAPH_OUTPUTS, {GRAPH_INPUT: pixels[i : i + batch_size]}) for i in starts]
         except Exception as error:  # onnxruntime's errors share no base class
             raise SetupError(f"onnxruntime failed; a smaller batch needs less memory: {error}") from error
         outputs = Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         if not outputs.logits.shape == outputs.logits_original.shape == (len(pixels), self.classes):
-            raise BundleError(
-                f"the graph answers {outputs.logits.shape} for {len(pixels)} x {self.classes} classes"
-            )
+            raise BundleError(f"the graph answers {outputs.logits.shape} for {len(pixels)} x {self.classes} classes")
         return outputs
 
     def _check_doors(self) -> None:

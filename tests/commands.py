@@ -44,9 +44,7 @@ def script(*arguments: object, cwd: Path, **options: Any) -> subprocess.Complete
 def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own."""
     command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        command, cwd=cwd, text=True, capture_output=True, check=False, env=ENVIRONMENT, timeout=300
-    )
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, check=False, env=ENVIRONMENT, timeout=300)
 
 
 def blocking(*modules: str) -> str:

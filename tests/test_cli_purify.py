@@ -227,9 +227,7 @@ def test_a_csv_equals_the_folder(folder: Path, guarded: tuple[Path, dict[str, An
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_corrupt_images_stop_or_are_left_out_by_name(
-    folder: Path, guarded: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_corrupt_images_stop_or_are_left_out_by_name(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:
     data = own_data(folder)
     for name in ("eight", "five"):
         next((data / name).iterdir()).write_bytes(b"\x89PNG no more")
@@ -242,9 +240,7 @@ def test_corrupt_images_stop_or_are_left_out_by_name(
     assert [item.partition(":")[0].rpartition("/")[0] for item in skipped] == ["own/eight", "own/five"]
 
 
-def test_names_of_strangers_are_shown_harmlessly(
-    folder: Path, guarded: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_names_of_strangers_are_shown_harmlessly(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:
     data = own_data(folder)
     (data / "nine").rename(data / "\x1b[2J[red]nine\nverdict: GUARDED")
     (data / "zzz\nverdict: GUARDED").mkdir()
@@ -373,7 +369,9 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(case: str, folder: 
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("case", ["missing data", "unknown class", "chance level", "unknown setting", "existing output"])
+@pytest.mark.parametrize(
+    "case", ["missing data", "unknown class", "chance level", "unknown setting", "existing output"]
+)
 def test_a_dry_run_refuses_what_a_run_refuses(case: str, folder: Path) -> None:
     change, words = REFUSED[case]
     assert_refused(purify(*change(folder), "--dry-run"), *words)

@@ -147,7 +147,7 @@ def test_a_file_in_the_way_is_refused_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(InputError, match="is a file, not a folder"):
         fill(tmp_path / "out", force=True)
-    with pytest.raises(SetupError, match="cannot make"):
+    with pytest.raises(InputError, match="out is a file, not a folder; pass another"):
         fill(tmp_path / "out" / "below" / "deep")
     assert (tmp_path / "out").read_text() == "precious"
 
@@ -158,6 +158,11 @@ def test_a_parent_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="cannot be written"):
         check_output(tmp_path / "out", force=False)
     tmp_path.chmod(0o700)
+
+
+def test_looking_at_an_output_makes_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "deep" / "out", force=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:

@@ -55,7 +55,17 @@ def folder(digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_run_goes_on_to_the_same_tensors(folder: Path) -> None:
-    purify = "purify --model suspect/suspect.pt --data clean --settings quick.toml --threads 1".split()
+    purify = [
+        "purify",
+        "--model",
+        "suspect/suspect.pt",
+        "--data",
+        "clean",
+        "--settings",
+        "quick.toml",
+        "--threads",
+        "1",
+    ]
     unbroken = cli(*purify, "--out", "unbroken")
     assert unbroken.exit_code in (0, 1), unbroken.stderr
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import GuardedHead, Head, TriggerTest
-from cbpt_guard.defense.record import Origin, RunMetrics, TriggerMetrics
+from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerMetrics
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
@@ -62,11 +62,36 @@ def test_all_that_failed_is_named() -> None:
     verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=False)
     assert verdict.name == "not guarded"
     assert len(verdict.reasons) == 4
-    assert "no epoch" in verdict.reasons[0]
+    assert "no epoch" in verdict.reasons[-1]
 
 
 def test_no_epoch_that_keeps_accuracy_is_not_guarded() -> None:
     assert judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=False).name == "not guarded"
+
+
+@pytest.mark.parametrize(
+    ("flagged", "images", "verdict"),
+    [(0.01, 200, "guarded"), (0.015, 200, "not guarded"), (1 / 30, 30, "guarded"), (2 / 30, 30, "not guarded")],
+)
+def test_flags_on_clean_images_are_bounded_beyond_one_image(flagged: float, images: int, verdict: str) -> None:
+    metrics = run(trigger(0.0)).model_copy(update={"flagged_clean": flagged, "images": images})
+    assert judge(metrics, ["b"], BOUNDS, keeps_accuracy=True).name == verdict
+
+
+@pytest.mark.parametrize(
+    ("label", "images", "after", "verdict"),
+    [
+        ("b", 3, 2 / 3, "guarded"),
+        ("b", 3, 1 / 3, "not guarded"),
+        ("b", 100, 0.95, "guarded"),
+        ("b", 100, 0.94, "not guarded"),
+        ("c", 3, 1 / 3, "guarded"),
+    ],
+)
+def test_a_guard_must_not_give_the_suspected_class_up(label: str, images: int, after: float, verdict: str) -> None:
+    row = ClassMetrics(label=label, images=images, before=1.0, after=after, after_prompts=after)
+    metrics = run(trigger(0.0)).model_copy(update={"classes": (row,)})
+    assert judge(metrics, ["b"], BOUNDS, keeps_accuracy=True).name == verdict
 
 
 def test_where_nothing_stands_out_nothing_is_claimed() -> None:

@@ -13,6 +13,8 @@ from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.errors import CheckpointError
 from cbpt_guard.images import Preprocess
 
+_LARGEST_SCALE = 1000.0  # far above what models learn, and small enough that head.LEFT_OUT stays below any logit
+
 
 class ImageEncoder(nn.Module):
     """Pixels in [0, 1], (N, 3, S, S), to unit image features (N, E); mean and std live inside."""
@@ -97,7 +99,7 @@ class FrozenClip:
         device: where it runs.
 
     Raises:
-        CheckpointError: tensors are missing or have other shapes than the architecture's.
+        CheckpointError: tensors are missing or have other shapes than the architecture's, or the logit scale is absurd.
     """
 
     def __init__(
@@ -125,6 +127,8 @@ class FrozenClip:
         self.encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text = TextTower(model)
         self.logit_scale = float(cast(Tensor, model.logit_scale).exp())
+        if not 0 < self.logit_scale <= _LARGEST_SCALE:
+            raise CheckpointError(f"a logit scale of {self.logit_scale:.3g} is no CLIP's: they learn at most 100 or so")
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias)
 
@@ -142,10 +146,7 @@ class FrozenClip:
     def encode_texts(self, texts: list[str], batch: int = 256) -> Tensor:
         """Unit features (len(texts), E) through the plain text tower."""
         ids = self.text.cut(self.tokenizer(texts).to(self.device))
-        parts = [
-            self.text.encode(self.text.embed(part), self.text.read_position(part))
-            for part in ids.split(batch)
-        ]
+        parts = [self.text.encode(self.text.embed(part), self.text.read_position(part)) for part in ids.split(batch)]
         return torch.cat(parts)
 
 

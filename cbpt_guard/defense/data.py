@@ -71,9 +71,7 @@ def list_images(data: Path, classes_file: Path | None = None) -> Listing:
     renames, additions = _read_classes(classes_file) if classes_file else ({}, [])
     unknown = sorted(set(renames) - set(found))
     if unknown:
-        raise InputError(
-            f"{classes_file} renames {unknown[0]!r}, but {data} has no such class; it has {_few(found)}"
-        )
+        raise InputError(f"{classes_file} renames {unknown[0]!r}, but {data} has no such class; it has {_few(found)}")
     names = [renames.get(folder, folder) for folder in found] + additions
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -159,9 +157,7 @@ def _describe_bad(bad: Sequence[str]) -> str:
 
 def _list_folders(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
-        raise InputError(
-            f"{data} does not exist; `--data` takes a folder of class folders or a CSV (path,label)"
-        )
+        raise InputError(f"{data} does not exist; `--data` takes a folder of class folders or a CSV (path,label)")
     folders = sorted(item for item in data.iterdir() if item.is_dir() and not item.name.startswith("."))
     if not folders:
         raise InputError(f"{data} holds no class folders; expected {data.name}/<class name>/<image>")
@@ -180,13 +176,11 @@ def _list_csv(data: Path) -> dict[str, list[Path]]:
         with data.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not {"path", "label"} <= set(reader.fieldnames or ()):
-                raise InputError(
-                    f"{data} needs the columns path and label; it has {_few(reader.fieldnames or ())}"
-                )
+                raise InputError(f"{data} needs the columns path and label; it has {_few(reader.fieldnames or ())}")
             for row in reader:
-                if not row["path"] or not row["label"]:
+                if not row["path"] or not (row["label"] or "").strip():
                     raise InputError(f"{data} line {reader.line_num} lacks a path or a label")
-                found.setdefault(row["label"], []).append(data.parent / row["path"])
+                found.setdefault(row["label"].strip(), []).append(data.parent / row["path"])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{data} cannot be read as a UTF-8 CSV: {error}") from error
     if not found:
@@ -225,6 +219,4 @@ def _draw(files: tuple[Path, ...], shots: int, seed: int, name: str) -> tuple[Pa
 
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(repr(name) for name in listed[:5]) + (
-        f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    )
+    return ", ".join(repr(name) for name in listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -114,9 +114,7 @@ class GuardedHead:
             "bias": torch.tensor(self.original.bias, dtype=torch.float64),
         }
         metadata = {"rule": self.rule, "classes": json.dumps(self.classes)}
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata
-        )
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> GuardedHead:

@@ -68,9 +68,7 @@ class Pattern:
         return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)
 
 
-def agnostic_loss(
-    found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings
-) -> Tensor:
+def agnostic_loss(found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings) -> Tensor:
     """The contrastive loss of stage 1a, (); features (N, E) and rows (C, E) are unit.
 
     Pulls each triggered feature from its own class's text towards the texts farthest from its clean feature,
@@ -146,9 +144,7 @@ def invert_toward(
         loss = F.cross_entropy(logits, goal)
         asr = 0.7 * asr + 0.3 * float((logits.argmax(1) == target).float().mean())
         if trigger.mask is not None and budget is None:
-            weight = (
-                min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
-            )
+            weight = min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
             loss = loss + weight * trigger.mask.mean()
         optimiser.zero_grad()
         loss.backward()
@@ -188,9 +184,7 @@ def scan_targets(
             step = 2.5 * settings.epsilon / settings.scan_steps
             patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
         with torch.no_grad():
-            scores[group] = (
-                -_scan_loss(clip, clean, head, patterns, targets, generator).view(-1, each).mean(1)
-            )
+            scores[group] = -_scan_loss(clip, clean, head, patterns, targets, generator).view(-1, each).mean(1)
         report(int(group[-1]) + 1, classes, float(-scores[group].max()), float(scores[group].max().exp()))
     return scores
 

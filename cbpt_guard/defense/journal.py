@@ -44,9 +44,7 @@ class Journal:
         self._folder.mkdir(exist_ok=True)
         path, text = self._folder / _KEY, json.dumps(key, sort_keys=True)
         if path.exists() and path.read_bytes() != text.encode():
-            raise InputError(
-                f"{folder} was begun with {_difference(path, key)}; start over without `--resume`"
-            )
+            raise InputError(f"{folder} was begun with {_difference(path, key)}; start over without `--resume`")
         write_text(path, text)
 
     def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:

@@ -35,9 +35,7 @@ def observe(features: Tensor | None, original: Head) -> Observed:
         return Observed()
     answers = original.logits(features).argmax(1)
     counts = answers.bincount()
-    targets = [
-        int(c) for c in counts.argsort(descending=True) if counts[c] >= max(2, _CLEAR_SHARE * len(features))
-    ]
+    targets = [int(c) for c in counts.argsort(descending=True) if counts[c] >= max(2, _CLEAR_SHARE * len(features))]
     if not targets:
         raise InputError(
             f"the {len(features)} observed attack images share no answer; they need two or more that succeeded"

@@ -86,9 +86,7 @@ def _measure(prepared: Prepared) -> tuple[float, float, float]:
     _, backward = _timed(
         lambda: invert_agnostic(clip, clean, prepared.original.rows, brief, generator(0, "plan"), _ignore)
     )
-    prompts = ClassPrompts(
-        clip, list(data.classes), prepared.job.template, data.labels.unique(), settings.tuning.chunk
-    )
+    prompts = ClassPrompts(clip, list(data.classes), prepared.job.template, data.labels.unique(), settings.tuning.chunk)
     _, text = _timed(lambda: prompts.backward(torch.zeros_like(prompts.rows())))
     return forward / len(few), backward / (2 * batch), text
 

@@ -64,9 +64,7 @@ class ClassPrompts:
         InputError: as `check_prompts`.
     """
 
-    def __init__(
-        self, clip: FrozenClip, classes: list[str], template: str, tuned: Tensor, chunk: int = 64
-    ) -> None:
+    def __init__(self, clip: FrozenClip, classes: list[str], template: str, tuned: Tensor, chunk: int = 64) -> None:
         self._text = clip.text
         check_prompts(clip, classes, template)
         self.start, self.stop = context_slots(clip, template)

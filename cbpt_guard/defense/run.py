@@ -80,9 +80,7 @@ class PurifyRun:
         try:
             visual.load_state_dict(own)
         except RuntimeError as error:
-            raise InputError(
-                f"{self.path / MODEL} does not fit its architecture: {str(error)[:300]}"
-            ) from error
+            raise InputError(f"{self.path / MODEL} does not fit its architecture: {str(error)[:300]}") from error
         return ImageEncoder(visual, self.record.model.preprocess).eval().requires_grad_(False)
 
 
@@ -90,9 +88,7 @@ def _read(path: Path, model: type[_Record]) -> _Record:
     try:
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): {path.parent} is no finished run"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error.strerror}): {path.parent} is no finished run") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -111,13 +111,9 @@ class Search:
         self, name: str, head: Head, target: int, family: Family, report: Report, budget: float | None = None
     ) -> FoundTrigger:
         draws = generator(self._seed, name)
-        return invert_toward(
-            self._clip, self._clean, head, target, family, self._settings, draws, report, budget
-        )
+        return invert_toward(self._clip, self._clean, head, target, family, self._settings, draws, report, budget)
 
-    def _bank(
-        self, targets: Sequence[int], masked: dict[int, FoundTrigger], agnostic: FoundTrigger
-    ) -> TriggerBank:
+    def _bank(self, targets: Sequence[int], masked: dict[int, FoundTrigger], agnostic: FoundTrigger) -> TriggerBank:
         triggers = [trigger for c in targets for trigger in (masked[c], self.toward(c, "additive"))]
         return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
 

@@ -77,6 +77,8 @@ class VerdictSettings(_Frozen):
     found_asr: Share = 0.05
     fresh_asr: Share = 0.10
     accuracy_loss: Share = 0.02
+    recall_loss: Share = 0.05
+    false_alarms: Share = 0.01
 
 
 class Settings(_Frozen):

@@ -31,20 +31,18 @@ class FeatureSet:
 
 
 def tuning_loss(rows: Tensor, original: Head, data: FeatureSet, settings: TuningSettings) -> Tensor:
-    """CE(clean, y) + w CE(triggered, y) + v KL(p_T0(clean) || p_T(clean)), (); rows (C, E) are the tuned ones.
+    """CE(clean, y) + w CE(triggered, y) + v KL(p_T(clean) || p_T0(clean)), (); rows (C, E) are the tuned ones.
 
     arXiv 2502.19269 names three losses without giving them; this is the reconstruction of docs/method.md.
     """
     logits = Head(rows, original.scale, original.bias).logits(data.clean)
     loss = F.cross_entropy(logits, data.labels)
     before = original.logits(data.clean).log_softmax(dim=1)
-    kept = F.kl_div(logits.log_softmax(dim=1), before, log_target=True, reduction="batchmean")
+    kept = F.kl_div(before, logits.log_softmax(dim=1), log_target=True, reduction="batchmean")
     loss = loss + settings.kl_weight * kept
     if len(data.triggered):
         triggered = Head(rows, original.scale, original.bias).logits(data.triggered.flatten(0, 1))
-        loss = loss + settings.triggered_weight * F.cross_entropy(
-            triggered, data.labels.repeat(len(data.triggered))
-        )
+        loss = loss + settings.triggered_weight * F.cross_entropy(triggered, data.labels.repeat(len(data.triggered)))
     return loss
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,31 +95,17 @@ def measure(
     )
 
 
-def judge(
-    run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *, keeps_accuracy: bool
-) -> Verdict:
+def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *, keeps_accuracy: bool) -> Verdict:
     """guarded, not guarded or unverified, with the reasons; the bounds are those of the settings.
 
     `keeps_accuracy`: whether any epoch kept the zero-shot accuracy on held-out images.
     """
-    failed = (
-        [] if keeps_accuracy else ["no epoch of prompt tuning kept the zero-shot accuracy on held-out images"]
-    )
-    loss = run.clean_accuracy_before - run.clean_accuracy_after
-    if loss > settings.accuracy_loss + _ROUNDING:
-        failed.append(
-            f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
-        )
-    for trigger in run.triggers:
-        bound = settings.fresh_asr if trigger.origin == "fresh" else settings.found_asr
-        if trigger.asr_after > bound:
-            failed.append(
-                f"a {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
-                f"{100 * trigger.asr_after:.1f} % of images, more than {100 * bound:.1f} %"
-            )
+    failed = [*_lost(run, suspects, settings), *_surviving(run, settings)]
+    if not keeps_accuracy:
+        failed.append("no epoch of prompt tuning kept the zero-shot accuracy on held-out images")
     if not suspects:
         nothing = "no class stands out as a target, so nothing was there to guard against and no success can be shown"
-        return Verdict(name="unverified", reasons=(nothing,))
+        return Verdict(name="unverified", reasons=(nothing, *failed))
     if failed:
         return Verdict(name="not guarded", reasons=tuple(failed))
     if not run.held_out:
@@ -131,6 +117,31 @@ def judge(
         f"went from {100 * run.clean_accuracy_before:.1f} % to {100 * run.clean_accuracy_after:.1f} %"
     )
     return Verdict(name="guarded", reasons=(kept,))
+
+
+def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
+    """What the guard costs on clean images beyond its bounds; one image alone never counts as a rate."""
+    loss = run.clean_accuracy_before - run.clean_accuracy_after
+    if loss > settings.accuracy_loss + _ROUNDING:
+        yield f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
+    if run.flagged_clean > settings.false_alarms and run.flagged_clean * run.images > 1 + _ROUNDING:
+        yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, more than {100 * settings.false_alarms:.1f} %"
+    for row in run.classes:
+        if row.label in suspects and row.before is not None and row.after is not None:
+            lost = row.before - row.after
+            if lost > settings.recall_loss + _ROUNDING and lost * row.images > 1 + _ROUNDING:
+                yield f"clean recall of the suspected {row.label!r} fell by {100 * lost:.0f} points"
+
+
+def _surviving(run: RunMetrics, settings: VerdictSettings) -> Iterator[str]:
+    """Triggers that still succeed beyond their bound."""
+    for trigger in run.triggers:
+        bound = settings.fresh_asr if trigger.origin == "fresh" else settings.found_asr
+        if trigger.asr_after > bound:
+            yield (
+                f"a {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
+                f"{100 * trigger.asr_after:.1f} % of images, more than {100 * bound:.1f} %"
+            )
 
 
 def _under_attack(head: GuardedHead, attack: Attacked) -> TriggerMetrics:
@@ -163,10 +174,7 @@ def _per_class(
     rows = []
     for index, label in enumerate(classes):
         own = truth == index
-        recalls = [
-            float((answers[own] == index).mean()) if own.any() else None
-            for answers in (before, after, prompts)
-        ]
+        recalls = [float((answers[own] == index).mean()) if own.any() else None for answers in (before, after, prompts)]
         rows.append(
             ClassMetrics(
                 label=label,
