@@ -172,7 +172,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     cost = "; ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min, {line['peak_mb']} MB" for line in lines)
     rows += [
         "",
-        f"In %, on {first['images']} `{first['split']}` images of Tiny-ImageNet (200 classes), MobileNetV2 CLIP at 128 px,",
+        f"In %, on {first['images']} `{first['split']}` images of Tiny-ImageNet (200 classes), a MobileNetV2 CLIP,",
         f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
         f"toward {first['target']!r}; the clean model is the control. purify took: {cost} ({first['machine']}).",
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",

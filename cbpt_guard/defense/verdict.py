@@ -125,7 +125,7 @@ def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -
     if loss > settings.accuracy_loss + _ROUNDING:
         yield f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
     if run.flagged_clean > settings.false_alarms and run.flagged_clean * run.images > 1 + _ROUNDING:
-        yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, more than {100 * settings.false_alarms:.1f} %"
+        yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, over {100 * settings.false_alarms:g} %"
     for row in run.classes:
         if row.label in suspects and row.before is not None and row.after is not None:
             lost = row.before - row.after
