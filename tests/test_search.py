@@ -85,19 +85,21 @@ def test_progress_names_the_stages(found: Findings) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("flat_share", [0.0, 1.0], ids=["by share", "by scan"])
-def test_few_classes_are_searched(tmp_path: Path, classes: int, flat_share: float) -> None:
-    """With more candidates asked for than there are classes."""
-    brief = BRIEF.model_copy(update={"candidates": 10, "references": 10, "flat_share": flat_share})
+@pytest.mark.parametrize("stands_out", [1e-6, 1e6], ids=["by share", "by scan"])
+def test_few_classes_are_searched(tmp_path: Path, classes: int, stands_out: float) -> None:
+    """With more candidates asked for than there are classes; where nothing can stand out, the scan adds the rest."""
+    brief = BRIEF.model_copy(update={"candidates": 10, "references": 10, "stands_out": stands_out})
     findings = search(tmp_path, PlantedClip(1, classes=classes), brief, classes=classes).run()
-    assert 1 <= len(findings.candidates) < classes
-    assert findings.candidates[0].index == 1
+    tried = [candidate.index for candidate in findings.candidates]
+    assert tried[0] == 1
+    assert len(set(tried)) == len(tried)
+    assert (len(tried) == classes) == (stands_out > 1)
     assert all(0 < candidate.area <= 1 for candidate in findings.candidates)
 
 
 def test_a_class_is_always_left_to_compare_with(tmp_path: Path) -> None:
     asked = search(tmp_path, PlantedClip(1, classes=3), BRIEF.model_copy(update={"candidates": 10}), classes=3)
-    assert asked._chosen(torch.full((3,), 0.2), [2, 0, 1]) == [0, 2]
+    assert asked._grown(torch.full((3,), 0.2), [2, 0, 1]) == [2, 0]
 
 
 def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def invert_toward(
     weight = asr = 0.0
     for step in range(steps):
         index = clean.draw(settings.batch, generator, without=target)
-        trigger = _varied(pattern.value(target), settings.shift, generator)
+        trigger = _varied(pattern.value(target), int(settings.shift * clip.image_size), generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
         logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
         loss = F.cross_entropy(logits, goal)
@@ -168,11 +168,13 @@ def scan_targets(
 ) -> Tensor:
     """A cheap look at every class: how readily an additive trigger makes it the answer, (C,), larger is readier.
 
-    Each class gets a pattern of its own and a few signed gradient steps on a few images; a batch holds
-    several classes. The score is the mean log-probability of the class at the end.
+    Each class gets a pattern of its own and a few signed gradient steps, with its share of `scan_budget`
+    images, at least `scan_images` a step; a batch holds several classes. The score is the mean log-probability
+    of the class at the end.
     """
     classes = head.rows.shape[0]
-    each = settings.scan_images
+    each = settings.scan_budget // (classes * (settings.scan_steps + 1))
+    each = min(max(each, settings.scan_images), settings.batch)
     scores = torch.empty(classes)
     for group in torch.arange(classes).split(max(1, settings.batch // each)):
         targets = group.repeat_interleave(each)

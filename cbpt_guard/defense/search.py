@@ -64,36 +64,39 @@ class Search:
         self._probe = order[:_PROBE]
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
-        """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
+        """Search for targets and triggers; `observed` targets are known from attack images and stand out.
+
+        First the classes that the agnostic trigger leads to; where none of them stands out, the leaders of a
+        scan of every class.
+        """
         agnostic = self._journal.trigger("agnostic", self._agnostic)
-        share_clean = self.shares(None)
-        share = self.shares(agnostic)
-        growth = share - share_clean
-        ranking = self._ranking(growth)
-        chosen = list(dict.fromkeys([*observed, *self._chosen(growth, ranking)]))
-        others = [c for c in ranking if c not in chosen]
-        middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
-        references = middle[: self._settings.references]
-        masked = {c: self.toward(c, "masked") for c in [*chosen, *references]}
-        reference = median([self._needed_area(masked[c]) for c in references] or [1.0])
-        candidates = []
-        for c in chosen:
-            area = self._needed_area(masked[c])
-            score = reference / area
-            candidates.append(
-                Candidate(
-                    label=self.classes[c],
-                    index=c,
-                    share=float(share[c]),
-                    share_clean=float(share_clean[c]),
-                    area=area,
-                    score=score,
-                    stands_out=c in observed or score >= self._settings.stands_out,
-                )
+        share, share_clean = self.shares(agnostic), self.shares(None)
+        ranking = (share - share_clean).argsort(descending=True, stable=True).tolist()
+        first = list(dict.fromkeys([*observed, *self._grown(share - share_clean, ranking)]))
+        references = self._references(ranking, first)
+        areas = {c: self._needed_area(self.toward(c, "masked")) for c in [*first, *references]}
+
+        def candidate(c: int) -> Candidate:
+            compared = [r for r in references if r != c] or [other for other in areas if other != c]
+            score = median(areas[other] for other in compared) / areas[c]
+            return Candidate(
+                label=self.classes[c],
+                index=c,
+                share=float(share[c]),
+                share_clean=float(share_clean[c]),
+                area=areas[c],
+                score=score,
+                stands_out=c in observed or score >= self._settings.stands_out,
             )
+
+        candidates = [candidate(c) for c in first]
+        if not any(item.stands_out for item in candidates):
+            second = [c for c in self._scanned() if c not in first][: self._settings.scanned]
+            areas |= {c: self._needed_area(self.toward(c, "masked")) for c in second}
+            candidates += [candidate(c) for c in second]
         candidates.sort(key=lambda item: (not item.stands_out, -item.score))
         targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
-        return Findings(self._bank(targets, masked, agnostic), tuple(candidates))
+        return Findings(self._bank(targets, agnostic), tuple(candidates))
 
     def toward(self, target: int, family: Family) -> FoundTrigger:
         """A trigger of one family that makes the zero-shot head answer `target`."""
@@ -113,32 +116,35 @@ class Search:
         draws = generator(self._seed, name)
         return invert_toward(self._clip, self._clean, head, target, family, self._settings, draws, report, budget)
 
-    def _bank(self, targets: Sequence[int], masked: dict[int, FoundTrigger], agnostic: FoundTrigger) -> TriggerBank:
-        triggers = [trigger for c in targets for trigger in (masked[c], self.toward(c, "additive"))]
+    def _bank(self, targets: Sequence[int], agnostic: FoundTrigger) -> TriggerBank:
+        families: tuple[Family, ...] = ("masked", "additive")
+        triggers = [self.toward(c, family) for c in targets for family in families]
         return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
 
     def _agnostic(self) -> FoundTrigger:
         draws, report = generator(self._seed, "agnostic"), self._report("agnostic trigger")
         return invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report)
 
-    def _ranking(self, growth: Tensor) -> list[int]:
-        """All classes, the likeliest target first: by share, and by a scan of every class where shares are flat."""
-        if float(growth.max()) >= self._settings.flat_share:
-            return growth.argsort(descending=True, stable=True).tolist()
+    def _grown(self, growth: Tensor, ranking: Sequence[int]) -> list[int]:
+        """The class whose share of the answers grew most, and others whose share grew clearly."""
+        clear = [c for c in ranking[1:] if growth[c] >= self._settings.clear_share]
+        most = max(1, min(self._settings.candidates, len(ranking) - 1))
+        return [ranking[0], *clear][:most]
+
+    def _references(self, ranking: Sequence[int], candidates: Sequence[int]) -> list[int]:
+        """Classes of middle rank to compare with; with very few classes, any that is no candidate."""
+        others = [c for c in ranking if c not in candidates]
+        middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
+        return middle[: self._settings.references]
+
+    def _scanned(self) -> list[int]:
+        """All classes, those that a short inversion reaches most readily first."""
         draws, report = generator(self._seed, "scan"), self._report("scan of every class")
         scores = self._journal.tensor(
             "scan", lambda: scan_targets(self._clip, self._clean, self._head, self._settings, draws, report)
         )
-        return scores.argsort(descending=True, stable=True).tolist()
-
-    def _chosen(self, growth: Tensor, ranking: list[int]) -> list[int]:
-        """Candidates: the leader of the shares and of the ranking, then others whose share grew clearly."""
-        leader = int(growth.argmax())
-        grown = [
-            c for c in growth.argsort(descending=True, stable=True).tolist() if growth[c] >= self._settings.clear_share
-        ]
-        most = max(1, min(self._settings.candidates, len(ranking) - 1))
-        return list(dict.fromkeys([leader, ranking[0], *grown]))[:most]
+        ranking: list[int] = scores.argsort(descending=True, stable=True).tolist()
+        return ranking
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""

@@ -23,9 +23,10 @@ class _Frozen(BaseModel):
 class InversionSettings(_Frozen):
     """Stage 1: how triggers are looked for.
 
-    `epsilon` bounds additive patterns, in pixels of [0, 1]. A class is a candidate target when its share of the
-    answers grew by `clear_share`; below `flat_share` every class is scanned. A candidate stands out when its
-    mask needs `stands_out` times less area than those of `references` classes of middle rank.
+    `epsilon` bounds additive patterns, in pixels of [0, 1]; `shift` is a share of the image's side. A class is a
+    candidate target when its share of the answers grew by `clear_share`; it stands out when its mask needs
+    `stands_out` times less area than those of `references` classes of middle rank. Where none does, every class
+    is scanned and the `scanned` leaders become candidates, too.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -41,13 +42,14 @@ class InversionSettings(_Frozen):
     additive_steps: Count = 80
     candidates: Count = 3
     references: Count = 2
-    flat_share: Share = 0.5
+    scanned: Count = 2
     clear_share: Share = 0.1
     scan_steps: Count = 8
     scan_images: Count = 4
+    scan_budget: Count = 8000
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
-    shift: Annotated[int, Field(ge=0)] = 2
+    shift: Share = 1 / 64
     stands_out: Positive = 2.0
 
 

@@ -100,12 +100,13 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
 
     `keeps_accuracy`: whether any epoch kept the zero-shot accuracy on held-out images.
     """
-    failed = [*_lost(run, suspects, settings), *_surviving(run, settings)]
+    lost = list(_lost(run, suspects, settings))
     if not keeps_accuracy:
-        failed.append("no epoch of prompt tuning kept the zero-shot accuracy on held-out images")
+        lost.append("no epoch of prompt tuning kept the zero-shot accuracy on held-out images")
+    failed = [*lost, *_surviving(run, settings)]
     if not suspects:
         nothing = "no class stands out as a target, so nothing was there to guard against and no success can be shown"
-        return Verdict(name="unverified", reasons=(nothing, *failed))
+        return Verdict(name="unverified", reasons=(nothing, *lost))
     if failed:
         return Verdict(name="not guarded", reasons=tuple(failed))
     if not run.held_out:
