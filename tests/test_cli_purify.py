@@ -424,6 +424,14 @@ def test_one_output_has_one_writer(folder: Path) -> None:
         assert partial.is_dir()
 
 
+def test_a_refused_start_does_not_cost_an_interrupted_run(folder: Path) -> None:
+    part = folder / ".purified.partial" / "journal" / "features.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"hours of work")
+    assert_refused(purify("--template", "no place for a name"), "{}")
+    assert part.read_bytes() == b"hours of work"
+
+
 @pytest.mark.skipif("__import__('os').geteuid() == 0", reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "closed").mkdir(mode=0o500)

@@ -20,6 +20,7 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.triggers import Trigger, patch, save_trigger
 from cbpt_guard.export import export
 from cbpt_guard.files import staged, write_text
+from cbpt_guard.manifest import VerdictName
 
 TARGET = 3
 SHOTS = 16
@@ -45,6 +46,7 @@ class DemoReport(BaseModel):
     target: str
     trigger: str
     images: int
+    verdict: VerdictName
     undefended: Counts
     guarded: Counts
     flagged_clean: float
@@ -57,6 +59,7 @@ class DemoReport(BaseModel):
         """Why the demo did not show what it is meant to show; empty when it did."""
         before, after = self.undefended, self.guarded
         checks = {
+            f"the run's verdict is {self.verdict!r}": self.verdict == "guarded",
             f"the poison did not take: ASR {before.asr:.1%}, at least {LEAST_POISON:.0%} wanted": before.asr
             >= LEAST_POISON,
             f"the guard did not hold: ASR {after.asr:.1%}, at most {MOST_LEFT:.0%} wanted": after.asr <= MOST_LEFT,
@@ -79,7 +82,6 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
     """Train, poison, purify, export, serve, count; `out` holds every file of it and `report.json`.
 
     Raises:
-        CheckError: the run was not guarded, so that no bundle could be exported.
         InputError: `out` exists and `force` is off.
         SetupError: the disk refuses.
     """
@@ -93,7 +95,8 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
         save_trigger(trigger, data.test.classes[TARGET], folder / "suspect")
         images = write_class_folders(data.clean, folder / "clean", per_class=SHOTS)
         run = purify(suspect, images, out=folder / "purified", seed=seed, progress=progress)
-        guard = GuardedClassifier.load(export(run, folder / "bundle"))
+        # a demo that fails must still show its numbers, so the verdict is reported and not enforced
+        guard = GuardedClassifier.load(export(run, folder / "bundle", allow_unguarded=True))
 
         report = _count(guard, data.test, trigger, out)
         _draw(guard, run, data.test, trigger, folder / "picture.png")
@@ -115,6 +118,7 @@ def _count(guard: GuardedClassifier, test: LabelledImages, trigger: Trigger, out
     return DemoReport(
         target=test.classes[TARGET],
         trigger=str(trigger),
+        verdict=guard.manifest.verdict,
         images=len(labels),
         undefended=counts(clean.before, attacked.before),
         guarded=counts(clean.after, attacked.after),

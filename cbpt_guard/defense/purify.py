@@ -29,7 +29,7 @@ from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
 from cbpt_guard.errors import SetupError
-from cbpt_guard.files import staged
+from cbpt_guard.files import check_output, staged
 
 
 def purify(
@@ -97,8 +97,9 @@ def purify_job(
     job: Job, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent
 ) -> PurifyRun:
     """`purify` for a job that is already put together; same arguments, same errors."""
+    check_output(out, force)
+    prepared = prepare(job, progress)  # before the folder is touched: a mistyped flag must not cost what it holds
     with staged(out, force=force, resume=resume) as folder:
-        prepared = prepare(job, progress)
         try:
             Purification(prepared, folder, progress).run()
         except SafetensorError as error:  # how safetensors reports a full disk
