@@ -43,9 +43,7 @@ def test_what_was_written_is_handed_on(tiny_bundle: Path) -> None:
     assert opened.labels == tuple(LABELS)
     assert sorted(opened.manifest.files) == sorted(opened.contents) == FILES
     assert all(opened.contents[name] == (tiny_bundle / name).read_bytes() for name in FILES)
-    assert (
-        opened.digest == "sha256:" + hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
-    )
+    assert opened.digest == "sha256:" + hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
     assert opened.manifest == tiny_manifest().model_copy(update={"files": opened.manifest.files})
 
 

@@ -152,9 +152,7 @@ def test_abstaining_keeps_what_it_would_have_said(pristine_bundle: Path, guard: 
     assert (unsure.score, unsure.top) == (guard.predict(GREY).score, guard.predict(GREY).top)
     assert unsure.score is not None
     assert unsure.score < 0.95
-    assert (
-        GuardedClassifier.load(pristine_bundle, threads=1, abstain=unsure.score).predict(GREY).label == "grey"
-    )
+    assert GuardedClassifier.load(pristine_bundle, threads=1, abstain=unsure.score).predict(GREY).label == "grey"
 
 
 def test_options(pristine_bundle: Path) -> None:
@@ -180,12 +178,8 @@ def test_answers_do_not_depend_on_the_batch(pristine_bundle: Path, guard: Guarde
 
 def test_eight_threads_get_what_one_gets(guard: GuardedClassifier) -> None:
     generator = np.random.default_rng(7)
-    images = [
-        Image.open(io.BytesIO(png(p))) for p in generator.integers(0, 256, (24, 45, 37, 3), dtype=np.uint8)
-    ]
-    lists = [
-        [*images[i:], *images[:i], b"bad"] for i in range(24)
-    ]  # the same lazily opened images in every list
+    images = [Image.open(io.BytesIO(png(p))) for p in generator.integers(0, 256, (24, 45, 37, 3), dtype=np.uint8)]
+    lists = [[*images[i:], *images[:i], b"bad"] for i in range(24)]  # the same lazily opened images in every list
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(guard.predict, lists))
     assert together == [guard.predict(items) for items in lists]

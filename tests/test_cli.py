@@ -326,6 +326,7 @@ def test_demo_answers_1_when_it_did_not_show_its_point(monkeypatch: pytest.Monke
 
     report = DemoReport(
         target="nine",
+        verdict="guarded",
         trigger="a patch",
         images=10,
         undefended=Counts(ca=0.9, asr=0.5, pa=0.5),

@@ -27,9 +27,7 @@ MODES = ["RGB", "RGBA", "P", "P+alpha", "L", "LA", "1", "I;16", "CMYK"]
 
 
 def preprocess(size: int = 48, resize_mode: Any = "shortest", interpolation: Any = "bicubic") -> Preprocess:
-    return Preprocess(
-        size=size, resize_mode=resize_mode, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
-    )
+    return Preprocess(size=size, resize_mode=resize_mode, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
@@ -46,9 +44,7 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
         return palette
     if mode == "P":
         return rgba.convert("RGB").quantize(64)
-    return (
-        rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode) if mode != "LA" else rgba.convert("LA")
-    )
+    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode) if mode != "LA" else rgba.convert("LA")
 
 
 def through_file(image: Image.Image, fmt: str, **options: Any) -> bytes:

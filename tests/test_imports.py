@@ -32,12 +32,8 @@ def imported(source: str) -> Iterator[tuple[str, str]]:
 
 def uses(source: str, dotted: str) -> bool:
     """Whether a source text imports `dotted` or reads it as an attribute."""
-    names = {f"{module}.{name}" for module, name in imported(source)} | {
-        module for module, _ in imported(source)
-    }
-    attributes = {
-        ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
-    }
+    names = {f"{module}.{name}" for module, name in imported(source)} | {module for module, _ in imported(source)}
+    attributes = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     return any(name == dotted or name.startswith(dotted + ".") for name in names | attributes)
 
 
@@ -127,8 +123,6 @@ def package_folders() -> dict[str, str]:
 
 def test_the_package_list_equals_the_folders() -> None:
     """A forgotten sub-package would not ship, and nothing else would say so."""
-    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
-        "setuptools"
-    ]
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     assert sorted(setuptools["packages"]) == sorted(package_folders())
     assert setuptools["package-dir"] == {"cbpt_guard.export": "export", "cbpt_guard.cli": "cli"}

@@ -121,8 +121,6 @@ def write_tiny_bundle(folder: Path) -> str:
     images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
     images[0] = (255, 0, 0)
     names = ["logits", "logits_original", "triggered"]
-    answers = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(
-        names, {"image": images}
-    )
+    answers = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(names, {"image": images})
     np.savez(folder / "golden.npz", images=images, **dict(zip(names, answers, strict=True)))
     return write_manifest(folder, tiny_manifest())
