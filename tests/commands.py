@@ -23,6 +23,7 @@ masked_steps = 40
 additive_steps = 5
 batch = 16
 candidates = 1
+stands_out = 2.0
 references = 1
 [tuning]
 epochs = 4

@@ -134,7 +134,7 @@ def test_observed_attack_images_name_the_target(
 
 
 def test_a_run_where_nothing_stands_out_is_kept_and_answers_1(folder: Path) -> None:
-    strict = QUICK.replace("candidates = 1", "candidates = 1\nstands_out = 1000.0")
+    strict = QUICK.replace("stands_out = 2.0", "stands_out = 1000.0")
     (folder / "quick.toml").write_text(strict)
     result = purify()
     assert (result.exit_code, result.stdout) == (1, "purified\n")
