@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from cbpt_guard.errors import BundleError, InputError, SetupError
 from cbpt_guard.manifest import (
+    Agreement,
     FileEntry,
     Gate,
     Graph,
@@ -29,8 +31,10 @@ from cbpt_guard.manifest import (
     Variant,
     parse_manifest,
 )
+from cbpt_guard.onnxfile import check_self_contained
 
 __all__ = [
+    "Agreement",
     "FileEntry",
     "Gate",
     "Golden",
@@ -42,13 +46,15 @@ __all__ = [
     "RuleEntry",
     "Suspect",
     "Variant",
+    "file_entry",
     "load_golden",
     "open_bundle",
+    "read_signature",
     "write_manifest",
 ]
 
 MANIFEST, LABELS, GOLDEN = "manifest.json", "labels.json", "golden.npz"
-MODEL, PROMPTS, CARD = "model.onnx", "prompts.safetensors", "README.md"
+MODEL, PROMPTS, CARD, SBOM = "model.onnx", "prompts.safetensors", "README.md", "sbom.cdx.json"
 SIGNATURE = "model.sig"  # the one file that the manifest cannot list: it signs the manifest too
 
 GRAPH_INPUT = "image"
@@ -56,10 +62,13 @@ GRAPH_OUTPUTS = ("logits", "triggered", "logits_original", "embedding")
 LEFT_OUT = -1e4
 """The guarded logit of a class that the rule leaves out; finite, so that a softmax stays one."""
 
+_GRAPH = ".onnx"
+_REPLACED = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO)  # it is not the plain file that was listed
 _MAX_FILES = 64
 _MAX_MANIFEST = 16 * 1024**2
 _MAX_FILE = 2 * 1024**3  # an ONNX file cannot be larger
 _MAX_GOLDEN = 256 * 1024**2
+_MAX_SIGNATURE = 1024**2
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
     Call it last. Names with a leading dot (the lock of an unfinished output) are not part of a bundle.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    files = {name: _entry(folder / name) for name in names if name not in (MANIFEST, SIGNATURE)}
+    files = {name: file_entry(folder / name) for name in names if name not in (MANIFEST, SIGNATURE)}
     data = (manifest.model_copy(update={"files": files}).model_dump_json(indent=2) + "\n").encode()
     (folder / MANIFEST).write_bytes(data)
     return _digest(data)
@@ -103,7 +112,8 @@ def open_bundle(path: str | os.PathLike[str], digest: str | None = None, precisi
         precision: keep the graph of this variant only; the others are checked and let go.
 
     Raises:
-        BundleError: a file is missing, unlisted, changed, a link or malformed; or the digest is another.
+        BundleError: a file is missing, unlisted, changed, a link or malformed; a graph asks for operators or
+            files from elsewhere; or the digest is another.
         InputError: there is no such folder, or no such precision.
         SetupError: the folder or a file cannot be read.
     """
@@ -120,13 +130,27 @@ def open_bundle(path: str | os.PathLike[str], digest: str | None = None, precisi
         _check_names(names, manifest)
         if precision is not None and precision not in manifest.variants:
             raise InputError(f"{path} has no {precision!r} graph; it has {', '.join(manifest.variants)}")
-        contents = {}
+        contents, graphs = {}, _graphs(manifest)
         let_go = _other_graphs(manifest, precision)
         for name, entry in manifest.files.items():
             content = _checked(folder, name, entry)
+            if name in graphs:
+                check_self_contained(content, name)
             if name not in let_go:
                 contents[name] = content
     return OpenedBundle(manifest, _parse_labels(contents[LABELS], manifest), contents, _digest(data))
+
+
+def read_signature(path: str | os.PathLike[str]) -> bytes | None:
+    """The bytes of a bundle's `model.sig`, or None where it has none.
+
+    Raises:
+        BundleError: it is a link, no file, or larger than a signature can be.
+        InputError: there is no such folder.
+        SetupError: the folder or the file cannot be read.
+    """
+    with _folder(path) as folder:
+        return _read(folder, SIGNATURE, _MAX_SIGNATURE) if SIGNATURE in _plain_files(folder) else None
 
 
 def load_golden(data: bytes) -> Golden:
@@ -189,8 +213,8 @@ def _plain_files(folder: int) -> set[str]:
 
 
 def _check_names(names: set[str], manifest: Manifest) -> None:
-    listed = set(manifest.files)
-    needed = {LABELS, GOLDEN, *(variant.file for variant in manifest.variants.values())}
+    listed, graphs = set(manifest.files), _graphs(manifest)
+    needed = {LABELS, GOLDEN, *graphs, *(variant.golden for variant in manifest.variants.values())}
     for name in sorted(listed):
         if name != Path(name).name or name.startswith(".") or name in (MANIFEST, SIGNATURE):
             raise BundleError(f"{MANIFEST} lists {name!r}, which cannot be a bundle's file")
@@ -200,13 +224,19 @@ def _check_names(names: set[str], manifest: Manifest) -> None:
         raise BundleError(f"{name} is missing")
     for name in sorted(names - listed - {MANIFEST, SIGNATURE}):
         raise BundleError(f"{name} is not listed in {MANIFEST}; remove it")
+    for name in sorted(listed - graphs):
+        if name.endswith(_GRAPH):
+            raise BundleError(f"{name} is a graph that is no variant of the {MANIFEST}: it passed no gate")
+
+
+def _graphs(manifest: Manifest) -> set[str]:
+    return {variant.file for variant in manifest.variants.values()}
 
 
 def _other_graphs(manifest: Manifest, precision: str | None) -> set[str]:
     if precision is None:
         return set()
-    graphs = {variant.file for variant in manifest.variants.values()}
-    return graphs - {manifest.variants[precision].file, LABELS, GOLDEN}
+    return _graphs(manifest) - {manifest.variants[precision].file, manifest.variants[precision].golden, LABELS, GOLDEN}
 
 
 def _checked(folder: int, name: str, entry: FileEntry) -> bytes:
@@ -217,8 +247,13 @@ def _checked(folder: int, name: str, entry: FileEntry) -> bytes:
 
 
 def _read(folder: int, name: str, limit: int) -> bytes:
-    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
-        content = file.read(limit + 1)
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        if error.errno in _REPLACED:
+            raise BundleError(f"{name} was replaced while the bundle was read: {error.strerror}") from error
+        raise SetupError(f"cannot read {name}: {error.strerror}") from error
     if len(content) > limit:
         raise BundleError(f"{name} is larger than the {limit:,} bytes it may have")
     return content
@@ -239,7 +274,8 @@ def _parse_labels(data: bytes, manifest: Manifest) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
+    """Digest and size of a file."""
     with path.open("rb") as file:
         return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
 

@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, overload
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from cbpt_guard.bundle import GOLDEN, Golden, OpenedBundle, load_golden, open_bundle
+from cbpt_guard.decoding import decoders_here, in_batches
 from cbpt_guard.errors import BundleError, CheckError, ImageError, InputError
+from cbpt_guard.estimator import SklearnClassifier
 from cbpt_guard.images import DEFAULT_LIMITS, ImageLimits, ImageSource, Pixels, load_image, prepare
 from cbpt_guard.manifest import Manifest
+from cbpt_guard.prediction import Prediction, softmax
 from cbpt_guard.session import Outputs, Session
 
+__all__ = ["GuardedClassifier", "Prediction"]
+
 Source = TypeVar("Source", bound=ImageSource)
-_DECODERS = 4
 _NOT_FINITE = "the graph answered with numbers that are not finite"
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The guarded answer for one image.
-
-    Attributes:
-        label: the class; None when the image failed (`error` says why) or the score lies below `abstain`.
-        index: its place in `classes_`, or None likewise.
-        score: softmax of the guarded logits at the best class, in [0, 1]; kept when abstaining.
-        top: the best (label, score) pairs, best first; kept when abstaining.
-        changed: the guarded answer differs from the undefended zero-shot answer.
-        triggered: the rule's test fired: a suspected target with a margin above its threshold.
-        digest: which bundle answered.
-        error: why there is no answer, or None.
-    """
-
-    label: str | None
-    index: int | None
-    score: float | None
-    top: tuple[tuple[str, float], ...]
-    changed: bool
-    triggered: bool
-    digest: str
-    error: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values; `top` becomes a list of {"label", "score"}."""
-        return asdict(self) | {"top": [{"label": label, "score": score} for label, score in self.top]}
-
-
 class GuardedClassifier:
-    """A purified zero-shot classifier; thread-safe. Do not fork a process after loading one."""
+    """A purified zero-shot classifier; thread-safe. Load it after forking, in each process."""
 
     def __init__(
         self,
@@ -60,12 +35,15 @@ class GuardedClassifier:
         session: Session,
         *,
         batch_size: int = 32,
+        decoders: int | None = None,
         abstain: float | None = None,
         top: int = 5,
         limits: ImageLimits = DEFAULT_LIMITS,
+        tolerance: float | None = None,
     ) -> None:
-        if batch_size < 1 or top < 1:
-            raise InputError("batch_size and top must be 1 or more")
+        decoders = decoders_here() if decoders is None else decoders
+        if batch_size < 1 or top < 1 or decoders < 1:
+            raise InputError("batch_size, decoders and top must be 1 or more")
         if abstain is not None and not 0 <= abstain <= 1:
             raise InputError(f"abstain is a score between 0 and 1, not {abstain}")
         self.digest = bundle.digest
@@ -74,8 +52,10 @@ class GuardedClassifier:
         self._labels = bundle.labels
         self._session = session
         self._batch_size = batch_size
+        self._decoders = decoders
         self._abstain = abstain
         self._top = top
+        self._tolerance = bundle.manifest.golden_tolerance if tolerance is None else tolerance
         self._limits = limits
 
     @classmethod
@@ -86,7 +66,10 @@ class GuardedClassifier:
         providers: str | Sequence[str] | None = None,
         digest: str | None = None,
         threads: int | None = None,
+        spin: bool = False,
+        arena: bool = True,
         batch_size: int = 32,
+        decoders: int | None = None,
         precision: str = "fp32",
         abstain: float | None = None,
         top: int = 5,
@@ -99,9 +82,12 @@ class GuardedClassifier:
             path: the bundle's folder.
             providers: where it runs, by name and in order ("cpu", "cuda", "tensorrt", ...); None is the CPU.
             digest: "sha256:..." of the manifest.json that it must be; pins the bundle from outside.
-            threads: onnxruntime's threads within one run; None lets it choose.
-            batch_size: images in one run of the graph.
-            precision: which of the bundle's graphs.
+            threads: onnxruntime's threads within one run; None is one for each core that it may use.
+            spin: those threads wait for work without sleeping; faster alone on a machine, slower with neighbours.
+            arena: keep the memory of the largest batch for the next; False gives it back after each.
+            batch_size: the most images in one run of the graph; longer lists are split.
+            decoders: threads that decode the next batch while the graph runs; None is one for each processor.
+            precision: which of the bundle's graphs; another than fp32 is never chosen unasked.
             abstain: give no label below this score, in [0, 1].
             top: how many classes `Prediction.top` lists.
             limits: what one image may cost.
@@ -115,16 +101,28 @@ class GuardedClassifier:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be 1 or more, not {threads}")
         bundle = open_bundle(path, digest, precision)
+        variant = bundle.manifest.variants[precision]
         session = Session(
-            bundle.contents[bundle.manifest.variants[precision].file],
+            bundle.contents[variant.file],
             size=bundle.manifest.preprocess.size,
             classes=len(bundle.labels),
             providers=providers,
             threads=threads,
+            spin=spin,
+            arena=arena,
         )
-        guard = cls(bundle, session, batch_size=batch_size, abstain=abstain, top=top, limits=limits)
+        guard = cls(
+            bundle,
+            session,
+            batch_size=batch_size,
+            decoders=decoders,
+            abstain=abstain,
+            top=top,
+            limits=limits,
+            tolerance=bundle.manifest.tolerance(variant),
+        )
         if check:
-            guard.self_test(load_golden(bundle.contents[GOLDEN]))
+            guard.self_test(load_golden(bundle.contents[variant.golden]))
         return guard
 
     @overload
@@ -143,13 +141,25 @@ class GuardedClassifier:
             SetupError: onnxruntime failed.
         """
         if isinstance(images, list):
-            batches = range(0, len(images), self._batch_size)
-            return [p for i in batches for p in self._predict_batch(images[i : i + self._batch_size])]
-        outputs = self.run(self._pixels(images)[None])
-        prediction = self._prediction(outputs, 0)
+            return list(self._answers(images))
+        if inspect.isgenerator(images):
+            raise ImageError("cannot take a generator; pass it to predict_stream")
+        (prediction,) = self._predictions(self.run(self._pixels(images)[None]))
         if prediction.error is not None:
             raise CheckError(prediction.error)
         return prediction
+
+    def predict_stream(self, images: Iterable[Source]) -> Iterator[Prediction]:
+        """The guarded answers for any iterable of images, in its order, two batches in memory at most.
+
+        A bad image gives a Prediction with `error`. An error of the iterable itself is raised after the answers
+        for everything before it. Nothing is read before the first answer is asked for; the first then waits for
+        `batch_size` images, so a live source wants a classifier loaded with `batch_size=1`.
+
+        Raises:
+            SetupError: onnxruntime failed.
+        """
+        yield from self._answers(images)
 
     def predict_proba(self, images: list[Source]) -> npt.NDArray[np.float64]:
         """Softmax of the guarded logits (N, C) in the order of `classes_`.
@@ -162,17 +172,22 @@ class GuardedClassifier:
         if not isinstance(images, list):
             raise ImageError("predict_proba takes a list of images; put a single one into a list")
         scores = np.empty((len(images), len(self._labels)))
-        for start in range(0, len(images), self._batch_size):
-            decoded = self._decode(images[start : start + self._batch_size])
-            for place, item in enumerate(decoded, start):
-                if isinstance(item, ImageError):
-                    raise ImageError(f"image {place}: {item}") from item
-            pixels = np.stack([item for item in decoded if not isinstance(item, ImageError)])
-            logits = self.run(pixels).logits
-            if not np.isfinite(logits).all():
-                raise CheckError(_NOT_FINITE)
-            scores[start : start + len(pixels)] = _softmax(logits)
+        start = 0
+        with closing(self._decoded(images)) as batches:
+            for decoded in batches:
+                for place, item in enumerate(decoded, start):
+                    if isinstance(item, ImageError):
+                        raise ImageError(f"image {place}: {item}") from item
+                logits = self.run(np.stack([item for item in decoded if not isinstance(item, ImageError)])).logits
+                if not np.isfinite(logits).all():
+                    raise CheckError(_NOT_FINITE)
+                scores[start : start + len(logits)] = softmax(logits)
+                start += len(logits)
         return scores
+
+    def as_sklearn(self) -> SklearnClassifier:
+        """An adapter for scikit-learn's metrics, scorers and cross-validation; see `SklearnClassifier`."""
+        return SklearnClassifier(self)
 
     def run(self, pixels: Pixels) -> Outputs:
         """The graph's raw answers for prepared images, uint8 (N, S, S, 3): both heads, flag and embedding.
@@ -187,9 +202,9 @@ class GuardedClassifier:
         """Worst logit difference from the golden answers.
 
         Raises:
-            BundleError: it lies beyond the manifest's tolerance, or a flag differs.
+            BundleError: it lies beyond the tolerance that the manifest grants this precision, or a flag differs.
         """
-        bound, size = self.manifest.golden_tolerance, self.manifest.preprocess.size
+        bound, size = self._tolerance, self.manifest.preprocess.size
         if golden.images.shape[1:] != (size, size, 3) or golden.logits.shape[1] != len(self._labels):
             raise BundleError(f"{GOLDEN} does not fit {size} pixels and {len(self._labels)} classes")
         found = self.run(golden.images)
@@ -210,54 +225,61 @@ class GuardedClassifier:
         )
 
     def _pixels(self, source: ImageSource) -> Pixels:
+        if self._ready(source):
+            return np.asarray(source)
         return prepare(load_image(source, self._limits), self.manifest.preprocess, self._limits)
 
-    def _decode(self, images: Sequence[ImageSource]) -> list[Pixels | ImageError]:
-        def one(source: ImageSource) -> Pixels | ImageError:
-            try:
-                return self._pixels(source)
-            except ImageError as error:
-                return error
+    def _ready(self, source: ImageSource) -> bool:
+        """Whether an array has the size already: resize and crop would copy it, and change nothing."""
+        size = self.manifest.preprocess.size
+        ready = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (size, size, 3)
+        return ready and size * size <= self._limits.max_pixels
 
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            return list(pool.map(one, images))
+    def _pixels_or_error(self, source: ImageSource) -> Pixels | ImageError:
+        try:
+            return self._pixels(source)
+        except ImageError as error:
+            return error
 
-    def _predict_batch(self, images: Sequence[ImageSource]) -> list[Prediction]:
-        decoded = self._decode(images)
-        good = [item for item in decoded if not isinstance(item, ImageError)]
-        outputs = self.run(np.stack(good)) if good else None
-        rows = iter(range(len(good)))
-        predictions = []
-        for item in decoded:
-            if isinstance(item, ImageError) or outputs is None:
-                predictions.append(self._failed(str(item)))
-            else:
-                predictions.append(self._prediction(outputs, next(rows)))
-        return predictions
+    def _decoded(self, images: Iterable[ImageSource]) -> Generator[list[Pixels | ImageError]]:
+        if isinstance(images, list) and len(images) == 1:  # a thread would cost more than it saves
+            yield [self._pixels_or_error(images[0])]
+            return
+        yield from in_batches(images, self._pixels_or_error, batch_size=self._batch_size, workers=self._decoders)
 
-    def _failed(self, error: str) -> Prediction:
-        return Prediction(None, None, None, (), False, False, self.digest, error)
+    def _answers(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
+        with closing(self._decoded(images)) as batches:
+            for decoded in batches:
+                good = [item for item in decoded if not isinstance(item, ImageError)]
+                answered = iter(self._predictions(self.run(np.stack(good))) if good else [])
+                for item in decoded:
+                    yield Prediction.failed(str(item), self.digest) if isinstance(item, ImageError) else next(answered)
 
-    def _prediction(self, outputs: Outputs, row: int) -> Prediction:
-        logits, original = outputs.logits[row], outputs.logits_original[row]
-        if not (np.isfinite(logits).all() and np.isfinite(original).all()):
-            return self._failed(_NOT_FINITE)
-        scores = _softmax(logits)
-        best = np.argsort(-logits, kind="stable")[: self._top]
-        index, score = int(best[0]), float(scores[best[0]])
+    def _predictions(self, outputs: Outputs) -> list[Prediction]:
+        logits, original = outputs.logits, outputs.logits_original
+        finite = np.isfinite(logits + original).all(axis=1)
+        with np.errstate(invalid="ignore"):  # rows that are not finite are answered by their error
+            scores = softmax(logits)
+        ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self._top]
+        changed = ranked[:, 0] != original.argmax(axis=1)
+        return [
+            self._prediction(scores[row], ranked[row], bool(changed[row]), bool(outputs.triggered[row]))
+            if finite[row]
+            else Prediction.failed(_NOT_FINITE, self.digest)
+            for row in range(len(logits))
+        ]
+
+    def _prediction(
+        self, scores: npt.NDArray[np.float64], ranked: npt.NDArray[np.intp], changed: bool, triggered: bool
+    ) -> Prediction:
+        index, score = int(ranked[0]), float(scores[ranked[0]])
         silent = self._abstain is not None and score < self._abstain
         return Prediction(
             label=None if silent else self._labels[index],
             index=None if silent else index,
             score=score,
-            top=tuple((self._labels[i], float(scores[i])) for i in best),
-            changed=index != int(original.argmax()),
-            triggered=bool(outputs.triggered[row]),
+            top=tuple((self._labels[i], float(scores[i])) for i in ranked),
+            changed=changed,
+            triggered=triggered,
             digest=self.digest,
         )
-
-
-def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    shares: npt.NDArray[np.float64] = exponents / exponents.sum(axis=-1, keepdims=True)
-    return shares

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cbpt_guard.errors import CheckError, InputError, SetupError, UnsafeError
@@ -36,12 +36,13 @@ def check_output(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, force: bool = False, resumable: bool = False, resume: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends without an error.
 
-    An interrupted block leaves `.OUT.partial` behind: the next start empties it, or with `resume` goes on
-    in it. A block that refuses its input leaves nothing, unless it was resumed. An earlier `out` is only
-    replaced at the very end.
+    A block that fails leaves nothing. One that is `resumable` and was interrupted, or met a full disk, leaves
+    `.OUT.partial` behind: the next start empties it, or with `resume` goes on in it. A killed process leaves
+    `.OUT.partial` and `.OUT.lock` in any case. An earlier `out` is only replaced at the very end; should a process be
+    killed while it moves the two folders, the next start puts the earlier one back.
 
     Raises:
         InputError: `out` exists and `force` is off.
@@ -49,54 +50,85 @@ def staged(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[
     """
     check_output(out, force)
     partial = partial_path(out)
-    with _locked(partial):
+    with _locked(out):
+        _recover(out)
+        check_output(out, force)  # another command may have finished since
         try:
-            for item in partial.iterdir():
-                if item.name != _LOCK and not resume:
-                    _remove(item)
+            _prepare(partial, resume)
             yield partial
             _replace(partial, out)
-        except (InputError, UnsafeError, CheckError):
-            if not resume:
-                _remove(partial)
-            raise
-        except OSError as error:
+        except BaseException as error:
+            refused = isinstance(error, InputError | UnsafeError | CheckError)
+            if not (resume if refused else resumable):
+                shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             where = f" ({error.filename})" if error.filename else ""
             raise SetupError(f"writing {out} failed: {error.strerror or error}{where}") from error
 
 
-_LOCK = ".lock"
-
-
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
+    """Hold `.OUT.lock` beside the output, until it is in its place."""
+    path = out.parent / f".{out.name}.lock"
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle = _hold(path)
+    except BlockingIOError as error:
+        raise SetupError(f"another command is writing {out}; wait for it or pass another `--out`") from error
     except OSError as error:
-        raise SetupError(f"cannot work in {partial}: {error.strerror}") from error
+        raise SetupError(f"cannot work in {out.parent}: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SetupError(f"another command is writing {partial}; wait for it or pass another `--out`") from error
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held, so that nobody holds another file of this name
         os.close(handle)
+
+
+def _hold(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed it between the two calls: what is locked has no name any more
+
+
+def _prepare(partial: Path, resume: bool) -> None:
+    if partial.is_symlink():
+        partial.unlink()  # never empty what a stranger's link points to
+    partial.mkdir(exist_ok=True)
+    if not resume:
+        for item in partial.iterdir():
+            _remove(item)
+
+
+def _recover(out: Path) -> None:
+    """Put back what a command that was killed in the middle of `_replace` had moved away."""
+    old = _old(out)
+    if _is_there(old) and not _is_there(out):
+        old.rename(out)
 
 
 def _replace(partial: Path, out: Path) -> None:
     """Move `partial` to `out`; what was there stays whole until the new one is in place."""
-    (partial / _LOCK).unlink()
-    if not _is_there(out):
-        partial.rename(out)
-        return
-    old = out.parent / f".{out.name}.old"
+    old = _old(out)
     if _is_there(old):
         _remove(old)
-    out.rename(old)
+    if _is_there(out):
+        out.rename(old)
     partial.rename(out)
-    _remove(old)
+    if _is_there(old):
+        _remove(old)
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
 
 
 def _is_there(path: Path) -> bool:

@@ -71,7 +71,7 @@ def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Ima
         with _ONE_LOADS:
             return _load(source, limits)
     if isinstance(source, np.ndarray):
-        return _load(Image.fromarray(_checked_array(source)), limits)
+        return _load(Image.fromarray(_checked_array(source, limits)), limits)
     if isinstance(source, bytes):
         return _decode(source, limits)
     if isinstance(source, str | os.PathLike):
@@ -97,7 +97,7 @@ def prepare(image: Image.Image, preprocess: Preprocess, limits: ImageLimits = DE
         resized = image.resize((width, height), method)
         cropped = resized.crop((left, top, left + preprocess.size, top + preprocess.size))
         return np.array(cropped.convert("RGB"))
-    except (OSError, ValueError, MemoryError) as error:
+    except Exception as error:  # also Pillow's warnings, where the caller turns warnings into errors
         raise ImageError(f"an image of mode {image.mode} cannot be resized to RGB: {error}") from error
 
 
@@ -164,8 +164,10 @@ def _load(image: Image.Image, limits: ImageLimits) -> Image.Image:
     return image
 
 
-def _checked_array(array: npt.NDArray[Any]) -> Pixels:
+def _checked_array(array: npt.NDArray[Any], limits: ImageLimits) -> Pixels:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         hint = "; several images are passed as a list" if array.ndim == 4 else ""
         raise ImageError(f"an array of {array.dtype} {array.shape}; expected RGB uint8 (H, W, 3){hint}")
+    if array.shape[0] * array.shape[1] > limits.max_pixels:  # before the copy: a view may repeat a few bytes for ever
+        raise ImageError(f"an array of {array.shape} is over the limit of {limits.max_pixels:,} pixels")
     return np.ascontiguousarray(array)

@@ -70,12 +70,33 @@ class Gate(_Frozen):
     found_trigger_asr: float | None
 
 
+class Agreement(_Frozen):
+    """How often a reduced precision answers as the fp32 graph does on `images` held-out images (shares in [0, 1]).
+
+    `triggered` is the same under the found trigger where it is least, and `least` the share that was demanded of
+    clean images. The logits compared are the zero-shot ones.
+    """
+
+    images: int
+    clean: float
+    triggered: float | None
+    max_logit_difference: float
+    least: float
+
+
 class Variant(_Frozen):
-    """One precision of the graph."""
+    """One precision of the graph: the fp32 graph has a parity with torch, any other an agreement with that graph.
+
+    `golden` is the file of its own golden answers, and `tolerance` what they may differ by; None is the bundle's.
+    """
 
     file: str
-    parity: Parity
+    parity: Parity | None = None
     gate: Gate
+    agreement: Agreement | None = None
+    method: str | None = None
+    golden: str = "golden.npz"
+    tolerance: float | None = None
 
 
 class Graph(_Frozen):
@@ -104,6 +125,10 @@ class Manifest(_Frozen):
     tools: dict[str, str]
     settings: dict[str, Any]
     files: dict[str, FileEntry]
+
+    def tolerance(self, variant: Variant) -> float:
+        """How far, in logits, a variant's answers may be off its golden ones."""
+        return self.golden_tolerance if variant.tolerance is None else variant.tolerance
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,32 @@ import numpy.typing as npt
 from cbpt_guard.errors import InputError
 
 Indices = npt.NDArray[np.integer]
+_RESAMPLES, _OUTSIDE = 10_000, (0.025, 0.975)
+
+
+class Counts(NamedTuple):
+    """What is said of one classifier under one trigger toward one target; shares in [0, 1]."""
+
+    ca: float
+    asr: float
+    pa: float
+    max_share: float
+    target_recall: float
+
+
+def count(clean: Indices, triggered: Indices, labels: Indices, target: int) -> Counts:
+    """All five, of the answers (N,) for clean images and for the same images triggered.
+
+    Raises:
+        InputError: there is no image of the target, or none of another class; or the three differ in length.
+    """
+    return Counts(
+        ca=clean_accuracy(clean, labels),
+        asr=attack_success_rate(triggered, labels, target),
+        pa=poisoned_accuracy(triggered, labels, target),
+        max_share=largest_share(triggered),
+        target_recall=class_recall(clean, labels, target),
+    )
 
 
 def clean_accuracy(predicted: Indices, labels: Indices) -> float:
@@ -51,6 +78,22 @@ def standard_error(share: float, count: int) -> float:
     if count < 1:
         raise InputError("no image to count")
     return math.sqrt(share * (1 - share) / count)
+
+
+def bootstrap_interval(share: float, count: int, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of what a share of `count` images becomes when the images are drawn anew, with replacement.
+
+    Drawing `count` of `count` hits and misses with replacement is drawing from a binomial distribution, so nothing
+    else is resampled (Efron 1979). A share of 0 or 1 has an interval without width: then the images say no more.
+
+    Raises:
+        InputError: there is no image.
+    """
+    if count < 1:
+        raise InputError("no image to count")
+    drawn = np.random.default_rng(seed).binomial(count, share, _RESAMPLES) / count
+    low, high = np.quantile(drawn, _OUTSIDE)
+    return float(low), float(high)
 
 
 def _checked(predicted: Indices, labels: Indices) -> Indices:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ PROVIDERS = {
 }
 # TF32 rounds inputs to 10 bits: logits at CLIP's scale of 100 then move further than a self-test allows
 _OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
+_BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _SILENT = 4  # what fails is raised; a library does not print
 
 
@@ -35,14 +39,16 @@ class Outputs(NamedTuple):
 
 
 class Session:
-    """A loaded graph; thread-safe. Do not fork a process after creating one.
+    """A loaded graph; thread-safe. Load it after forking, in each process.
 
     Args:
         model: the bytes of the ONNX file.
         size: side S of its images, in pixels.
         classes: how many classes C it must answer for.
         providers: where it runs, by name and in order; None is the CPU.
-        threads: onnxruntime's threads within one run; None lets it choose.
+        threads: onnxruntime's threads within one run; None is one for each core that this process may use.
+        spin: its threads wait for work without sleeping; faster alone on a machine, slower with neighbours.
+        arena: it keeps the memory of past runs for the next.
 
     Raises:
         BundleError: the bytes are no such graph.
@@ -58,10 +64,13 @@ class Session:
         classes: int,
         providers: str | Sequence[str] | None = None,
         threads: int | None = None,
+        spin: bool = False,
+        arena: bool = True,
     ) -> None:
         self.size = size
         self.classes = classes
-        self._session = _create(model, _names(providers), threads)
+        self._process = os.getpid()
+        self._session = _create(model, _names(providers), threads, spin=spin, arena=arena)
         self._check_doors()
 
     @property
@@ -75,12 +84,21 @@ class Session:
         Raises:
             BundleError: the graph answers for another number of classes.
             InputError: the array has another type or shape.
-            SetupError: onnxruntime failed.
+            SetupError: onnxruntime failed, or this process was forked from the one that loaded the graph.
         """
+        if self._process != os.getpid():
+            raise SetupError(
+                f"the graph was loaded in process {self._process} and its threads do not exist in this fork of it, "
+                f"{os.getpid()}; load the bundle after forking, in each worker"
+            )
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (self.size, self.size, 3):
             expected = f"uint8 (N, {self.size}, {self.size}, 3)"
             raise InputError(f"the graph takes {expected}, not {pixels.dtype} {pixels.shape}")
-        starts = range(0, max(len(pixels), 1), batch_size)
+        if len(pixels) == 0:  # onnxruntime before 1.31 divides by it, which ends the process
+            blank = np.zeros((1, self.size, self.size, 3), np.uint8)
+            logits, triggered, original, embedding = self.run(blank)
+            return Outputs(logits[:0], triggered[:0], original[:0], embedding[:0])
+        starts = range(0, len(pixels), batch_size)
         try:
             parts = [self._session.run(GRAPH_OUTPUTS, {GRAPH_INPUT: pixels[i : i + batch_size]}) for i in starts]
         except Exception as error:  # onnxruntime's errors share no base class
@@ -89,6 +107,10 @@ class Session:
         if not outputs.logits.shape == outputs.logits_original.shape == (len(pixels), self.classes):
             raise BundleError(f"the graph answers {outputs.logits.shape} for {len(pixels)} x {self.classes} classes")
         return outputs
+
+    def __reduce__(self) -> NoReturn:
+        """A loaded graph lives in its own process."""
+        raise SetupError("a loaded classifier cannot be pickled or copied; load the bundle in each process")
 
     def _check_doors(self) -> None:
         expected = ([GRAPH_INPUT], "tensor(uint8)", [self.size, self.size, 3])
@@ -109,23 +131,20 @@ def _names(providers: str | Sequence[str] | None) -> list[str]:
     return names
 
 
-def _create(model: bytes, names: list[str], threads: int | None) -> Any:
+def _create(model: bytes, names: list[str], threads: int | None, *, spin: bool, arena: bool) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise SetupError(
-            "onnxruntime is missing: pip install 'cbpt-guard[cpu]' (or 'cbpt-guard[gpu]', never both)"
+            f"onnxruntime is missing: pip install 'cbpt-guard[cpu]' (or 'cbpt-guard[gpu]', never both){_two_builds()}"
         ) from error
     wanted = [PROVIDERS[name] for name in names]
-    absent = [name for name in names if PROVIDERS[name] not in ort.get_available_providers()]
-    if absent:
-        raise SetupError(
-            f"this onnxruntime lacks {', '.join(absent)}; it has {', '.join(ort.get_available_providers())}. "
-            "For cuda: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'cbpt-guard[gpu]'"
-        )
+    _check_available(names, ort.get_available_providers())
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = _threads_here() if threads is None else threads
+    options.enable_cpu_mem_arena = arena
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     chosen = [(PROVIDERS[name], _OPTIONS.get(name, {})) for name in names]
     try:
         session = ort.InferenceSession(model, options, providers=chosen, enable_fallback=0)
@@ -134,6 +153,47 @@ def _create(model: bytes, names: list[str], threads: int | None) -> Any:
     if session.get_providers()[: len(wanted)] != wanted:
         raise SetupError(
             f"asked for {', '.join(names)}, but onnxruntime chose {', '.join(session.get_providers())}; "
-            "the provider's own libraries or its device are missing"
+            f"the provider's own libraries or its device are missing{_two_builds()}"
         )
+    session._model_bytes = None  # kept for a fallback that is switched off: as much memory as the weights
+    _trim()
     return session
+
+
+def _trim() -> None:
+    """Hand back what onnxruntime freed while it loaded: glibc kept 200 MB of it after a ViT-B-32."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # another C library; it keeps its own counsel
+
+
+def _threads_here() -> int:
+    """0 leaves it to onnxruntime: one for each core, which is too many where this process may use fewer."""
+    allowed = len(os.sched_getaffinity(0))
+    return 0 if allowed == os.cpu_count() else allowed
+
+
+def _check_available(names: list[str], available: list[str]) -> None:
+    absent = [name for name in names if PROVIDERS[name] not in available]
+    if absent:
+        raise SetupError(
+            f"this onnxruntime lacks {', '.join(absent)}; it has {', '.join(available)}{_two_builds()}. "
+            "For cuda: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'cbpt-guard[gpu]'"
+        )
+
+
+def _two_builds() -> str:
+    """What to say when several builds of onnxruntime are installed: all own one folder, and the last one won."""
+    found = [name for name in _BUILDS if _installed(name)]
+    if len(found) < 2:
+        return ""
+    return f"; {' and '.join(found)} are both installed and overwrite each other's files: uninstall all, install one"
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

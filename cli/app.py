@@ -12,14 +12,16 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cbpt_guard.cli import bundles, demo, predict, purify
+from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify
 from cbpt_guard.cli.show import note, plain
 from cbpt_guard.errors import CbptGuardError
 
 _BUG, _INTERRUPTED, _TERMINATED = 70, 130, 143
 _NEEDS_EXTRA = {
+    "matplotlib": "bench",
     "onnxruntime": "cpu",
     **dict.fromkeys(("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"),
+    **dict.fromkeys(("cyclonedx", "packageurl", "packaging"), "purify"),
 }
 
 
@@ -35,7 +37,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except CbptGuardError as error:
-            note(f"error: {error}")
+            note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             note("interrupted; `--resume` continues where the command has it")
@@ -75,10 +77,13 @@ app = typer.Typer(
 )
 app.command("purify")(purify.purify)
 app.command("export")(bundles.export)
+app.command("sign")(bundles.sign)
 app.command("verify")(bundles.verify)
 app.command("inspect")(bundles.inspect)
 app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
+app.add_typer(bench_suite.app, name="bench")
 
 
 def _version(show: bool) -> None:

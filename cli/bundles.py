@@ -1,4 +1,4 @@
-"""`cbpt-guard export`, `verify` and `inspect`."""
+"""`cbpt-guard export`, `sign`, `verify` and `inspect`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def export(
     run: Annotated[Path, typer.Option(help="The run directory of `purify`.")] = Path("purified"),
     out: Annotated[Path, typer.Option(help="The bundle to make.")] = Path("bundle"),
     opset: Annotated[int, typer.Option(help="The ONNX opset.")] = 18,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32 (the default), fp16 or int8; repeatable, each passes the gate.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="bundle, or triton: a Triton model repository around it.")] = "bundle",
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     allow_unguarded: Annotated[
         bool, typer.Option("--allow-unguarded", help="Export although the run is not `guarded`; recorded.")
@@ -29,18 +33,36 @@ def export(
         run,
         out,
         opset=opset,
+        precision=precision or ("fp32",),
+        layout=layout,
         force=force,
         allow_unguarded=allow_unguarded,
         progress=note if sys.stderr.isatty() else None,
     )
-    note(f'serve it with: GuardedClassifier.load("{path}").predict(image)')
+    if layout == "triton":
+        note(f"serve it with: tritonserver --model-repository {path}")
+    else:
+        note(f'serve it with: GuardedClassifier.load("{path}").predict(image)')
     sys.stdout.write(f"{path}\n")
+
+
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    key: Annotated[Path, typer.Option(help="A PEM private key: P-256, P-384 or P-521, without a password.")],
+    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier signature.")] = False,
+) -> None:
+    """Check a bundle and sign it into its model.sig (OpenSSF model signing, offline); prints the digest."""
+    from cbpt_guard.export.sign import sign as sign_bundle
+
+    sys.stdout.write(f"{sign_bundle(bundle, key, digest=digest, force=force)}\n")
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also check the graph itself (purify extra).")] = False,
     digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The PEM public key it must be signed for (sign extra).")] = None,
     run: Annotated[Path | None, typer.Option(help="With --deep: compare with torch on this run's samples.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The checks on stdout as JSON.")] = False,
 ) -> None:
@@ -52,7 +74,7 @@ def verify(
         from cbpt_guard.defense.run import PurifyRun
 
         opened = PurifyRun.open(run)
-    report = verify_bundle(bundle, deep=deep, digest=digest, run=opened)
+    report = verify_bundle(bundle, deep=deep, digest=digest, key=key, run=opened)
     if as_json:
         checks = [{"name": check.name, "outcome": check.outcome} for check in report.checks]
         sys.stdout.write(json.dumps({"digest": report.digest, "checks": checks}, indent=1) + "\n")

@@ -17,13 +17,14 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    precision: Annotated[str, typer.Option(help="Which of its graphs: fp32, fp16 or int8.")] = "fp32",
     provider: Annotated[list[str] | None, typer.Option(help="Where it runs: cpu, cuda, ...")] = None,
     abstain: Annotated[float | None, typer.Option(help="No label below this score.")] = None,
 ) -> None:
     """Classify images; all are tried, and the exit code is 1 if one failed."""
     from cbpt_guard.classifier import GuardedClassifier
 
-    guard = GuardedClassifier.load(bundle, providers=provider, digest=digest, abstain=abstain)
+    guard = GuardedClassifier.load(bundle, providers=provider, digest=digest, precision=precision, abstain=abstain)
     failed = 0
     for path in images:
         (answer,) = guard.predict([path])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbpt_guard.cli.show import live, note, one_line, percent, table
+from cbpt_guard.cli.show import live, note, one_line, percent, plain, table
 
 if TYPE_CHECKING:
     from cbpt_guard.defense.record import RunMetrics, RunRecord
@@ -79,7 +79,7 @@ def purify(
             run = purify_job(job, out, resume=resume, force=force, progress=progress)
     if dry_run:
         sys.stdout.write(
-            json.dumps(planned.model_dump(mode="json"), indent=1) + "\n" if as_json else planned.describe()
+            json.dumps(planned.model_dump(mode="json"), indent=1) + "\n" if as_json else plain(planned.describe())
         )
         return
     show_run(run)
@@ -93,11 +93,11 @@ def purify(
 def show_run(run: PurifyRun) -> None:
     """Model, candidates, triggers, classes and the verdict, on stderr."""
     record, metrics = run.record, run.metrics
-    note(f"model: {record.model.architecture} from {record.model.source} ({record.model.form})")
+    note(one_line(f"model: {record.model.architecture} from {record.model.source} ({record.model.form})"))
     for what, how in record.model.resolved.items():
-        note(f"  {what}: {how}")
+        note(one_line(f"  {what}: {how}"))
     for text in (*record.model.notes, *record.warnings):
-        note(f"  note: {text}")
+        note(one_line(f"  note: {text}"))
     if record.data.without_images:
         note(f"classes without images keep their original rows: {', '.join(map(one_line, record.data.without_images))}")
     if record.data.skipped:
@@ -178,7 +178,7 @@ def _show_verdict(run: PurifyRun) -> None:
     verdict = run.record.verdict
     note(f"verdict: {verdict.name.upper()}")
     for reason in verdict.reasons:
-        note(f"  {reason}")
+        note(one_line(f"  {reason}"))
     note(f"pictures of the found triggers: {run.path / 'pictures'}")
 
 

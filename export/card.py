@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from cbpt_guard.manifest import Manifest
+from cbpt_guard.manifest import Manifest, Variant
 
 _SHOWN: Final = 50
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&:@$])")
@@ -25,9 +25,14 @@ _CARD = """\
 | worst found-trigger attack success rate, guarded | {asr} |
 | flagged, clean images | {flagged_clean} |
 | flagged, images under the found trigger that is missed most | {flagged_found} |
-| largest logit difference of the ONNX file against torch | {difference:.2g} (bound {bound:.2g}) |
+{differences}
 
 Found triggers are those that inversion found; an attack that differs from all of them may do better.
+
+## Intended use
+
+Zero-shot classification of images among the classes below, where the model's origin is not trusted. An answer
+under a trigger is the best remaining class, not proof that the image is harmless; log `triggered` and look.
 
 ## Use
 
@@ -39,8 +44,11 @@ print(guard.predict("image.jpg").label)
 ```
 
 It needs `pip install "cbpt-guard[cpu]"`, not torch. `cbpt-guard verify` checks the files against
-`manifest.json`. Any other ONNX runtime gives the same guarded answers: `{input}` takes uint8 RGB
-(N, {size}, {size}, 3), resized ({resize}, {interpolation}) and cropped, not normalised; `logits` answers.
+`manifest.json` and prints the bundle's digest; pass it as `load(..., digest="sha256:...")`, for only a digest or a
+signature (`verify --key`) tells a replaced bundle. What is inside, by sha256 and version: `sbom.cdx.json`.
+
+Any other ONNX runtime gives the same guarded answers: `{input}` takes uint8 RGB (N, {size}, {size}, 3), resized
+({resize}, {interpolation}) and cropped, not normalised; `logits` answers.
 
 ## The rule
 
@@ -55,14 +63,17 @@ retrieval, captioning or a linear probe on `embedding` stay open to the attacker
 
 {listed}
 
-Source checkpoint: {source}, sha256 `{sha256}`.
+## Source
+
+Checkpoint: {source}, sha256 `{sha256}`. The weights are its own, unchanged, and so is their licence.
+Made on {created} with settings that `manifest.json` holds.
 """
 
 
 def card(manifest: Manifest, classes: Sequence[str]) -> str:
     """The text of README.md."""
     variant = next(iter(manifest.variants.values()))
-    gate, parity, rule = variant.gate, variant.parity, manifest.rule
+    gate, rule = variant.gate, manifest.rule
     return _CARD.format(
         classes=len(classes),
         architecture=escaped(manifest.model.architecture),
@@ -75,8 +86,7 @@ def card(manifest: Manifest, classes: Sequence[str]) -> str:
         asr=_percent(gate.found_trigger_asr),
         flagged_clean=_percent(rule.flagged_clean),
         flagged_found=_percent(rule.flagged_found),
-        difference=parity.max_logit_difference,
-        bound=parity.bound,
+        differences="\n".join(_difference(name, variant) for name, variant in manifest.variants.items()),
         input=manifest.graph.input,
         size=manifest.preprocess.size,
         resize=manifest.preprocess.resize_mode,
@@ -85,12 +95,23 @@ def card(manifest: Manifest, classes: Sequence[str]) -> str:
         listed=_listed(classes),
         source=escaped(manifest.model.source),
         sha256=manifest.model.source_sha256,
+        created=escaped(manifest.created),
     )
 
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line: class names come from the folders of strangers."""
     return _MARKUP.sub(r"\\\1", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
+
+
+def _difference(name: str, variant: Variant) -> str:
+    """A row about one graph: its parity with torch, or what it reached as a variant of its own."""
+    if variant.parity is not None:
+        shown = f"{variant.parity.max_logit_difference:.2g} (bound {variant.parity.bound:.2g})"
+        return f"| `{name}`: largest logit difference of the ONNX file against torch | {shown} |"
+    same = None if variant.agreement is None else variant.agreement.clean
+    shown = f"{_percent(variant.gate.clean_accuracy)}, {_percent(variant.gate.found_trigger_asr)}, {_percent(same)}"
+    return f"| `{name}` ({variant.method}): clean accuracy, found-trigger ASR, same answer as fp32 | {shown} |"
 
 
 def _rule(manifest: Manifest) -> str:

@@ -9,9 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cbpt_guard.errors import BundleError
 from cbpt_guard.manifest import Graph
-
-STANDARD = ("", "ai.onnx")
-"""The two names of ONNX's own operator domain."""
+from cbpt_guard.onnxfile import STANDARD
 
 
 def check_graph(data: bytes, graph: Graph) -> None:

@@ -15,7 +15,7 @@ from cbpt_guard.errors import CheckError
 from cbpt_guard.images import Pixels
 from cbpt_guard.manifest import Gate
 from cbpt_guard.metrics import attack_success_rate, clean_accuracy
-from cbpt_guard.session import Session
+from cbpt_guard.session import Outputs, Session
 
 _CHUNK = 128
 
@@ -32,19 +32,33 @@ class Measured:
     flagged_found: float | None
 
 
-def measure_gate(session: Session, images: Pixels, labels: npt.NDArray[np.int64], bank: TriggerBank) -> Measured:
-    """Clean accuracy of both heads and worst found-trigger ASR on images uint8 (N, S, S, 3), labels (N,)."""
-    clean = session.run(images)
-    rates, flags = [], []
+@dataclass(frozen=True)
+class Answers:
+    """What a graph answers for the clean images, and under each trigger that any of them is not yet a target of."""
+
+    clean: Outputs
+    triggered: tuple[tuple[FoundTrigger, Outputs], ...]
+
+
+def answer_all(session: Session, images: Pixels, labels: npt.NDArray[np.int64], bank: TriggerBank) -> Answers:
+    """Run images uint8 (N, S, S, 3) with labels (N,) through a graph, clean and under every found trigger."""
+    under = []
     for trigger in bank:
         others = images[labels != trigger.target]
         if len(others):
-            outputs = session.run(triggered(others, trigger))
-            predicted, truth = outputs.logits.argmax(axis=1), labels[labels != trigger.target]
-            rates.append(attack_success_rate(predicted, truth, trigger.target))
-            flags.append(float(outputs.triggered.mean()))
+            under.append((trigger, session.run(triggered(others, trigger))))
+    return Answers(session.run(images), tuple(under))
+
+
+def measure_gate(answers: Answers, labels: npt.NDArray[np.int64]) -> Measured:
+    """Clean accuracy of both heads and worst found-trigger ASR of a graph's answers; labels (N,)."""
+    clean, rates, flags = answers.clean, [], []
+    for trigger, outputs in answers.triggered:
+        predicted, truth = outputs.logits.argmax(axis=1), labels[labels != trigger.target]
+        rates.append(attack_success_rate(predicted, truth, trigger.target))
+        flags.append(float(outputs.triggered.mean()))
     gate = Gate(
-        images=len(images),
+        images=len(labels),
         clean_accuracy=clean_accuracy(clean.logits.argmax(axis=1), labels),
         clean_accuracy_original=clean_accuracy(clean.logits_original.argmax(axis=1), labels),
         found_trigger_asr=max(rates, default=None),
@@ -52,21 +66,27 @@ def measure_gate(session: Session, images: Pixels, labels: npt.NDArray[np.int64]
     return Measured(gate, float(clean.triggered.mean()), min(flags, default=None))
 
 
-def check_gate(gate: Gate, bounds: VerdictSettings) -> None:
+def check_gate(
+    gate: Gate, bounds: VerdictSettings, *, undefended: float | None = None, name: str = "the ONNX file"
+) -> None:
     """Hold a variant to the bounds that the run was judged by.
+
+    `undefended` is the clean accuracy that it is compared with; None is its own zero-shot head's, which a reduced
+    precision may have lowered as well.
 
     Raises:
         CheckError: it lets a found trigger through, or loses clean accuracy.
     """
     if gate.found_trigger_asr is not None and gate.found_trigger_asr > bounds.found_asr:
         raise CheckError(
-            f"the ONNX file does not pass its gate: found-trigger ASR {gate.found_trigger_asr:.1%} on "
+            f"{name} does not pass its gate: found-trigger ASR {gate.found_trigger_asr:.1%} on "
             f"{gate.images} held-out images, at most {bounds.found_asr:.1%} is allowed"
         )
-    loss = gate.clean_accuracy_original - gate.clean_accuracy
+    before = gate.clean_accuracy_original if undefended is None else undefended
+    loss = before - gate.clean_accuracy
     if loss > bounds.accuracy_loss:
         raise CheckError(
-            f"the ONNX file does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
+            f"{name} does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
             f"held-out images, at most {bounds.accuracy_loss:.1%} is allowed"
         )
 

@@ -75,7 +75,7 @@ def to_onnx(graph: GuardedGraph, size: int, opset: int) -> bytes:
             first = str(error).strip().partition("\n")[0]
             raise CheckError(f"this architecture cannot be exported to ONNX: {first[:300]}") from error
     model = program.model_proto
-    _strip(model)
+    without_traces(model)
     return bytes(model.SerializeToString())
 
 
@@ -88,13 +88,14 @@ def _check_size(graph: GuardedGraph) -> None:
         )
 
 
-def _strip(message: Message) -> None:
+def without_traces(message: Message) -> None:
+    """Clear what tools write about themselves and this machine into a model's nodes."""
     for field, value in message.ListFields():
         if field.name in _LOCAL_TRACES:
             message.ClearField(field.name)
         elif field.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
-                _strip(part)
+                without_traces(part)
 
 
 @contextmanager

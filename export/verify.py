@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbpt_guard.bundle import GOLDEN, Golden, OpenedBundle, load_golden, open_bundle
+from cbpt_guard.bundle import Golden, OpenedBundle, load_golden, open_bundle
 from cbpt_guard.classifier import GuardedClassifier
-from cbpt_guard.errors import BundleError, SetupError
-from cbpt_guard.manifest import Variant
+from cbpt_guard.errors import BundleError, CheckError, SetupError
+from cbpt_guard.manifest import Agreement, Variant
 from cbpt_guard.session import Session
 
 if TYPE_CHECKING:
     from cbpt_guard.defense.run import PurifyRun
+    from cbpt_guard.export.parts import Parts
 
 _EXTRA = "pip install 'cbpt-guard[purify]'"
 
@@ -41,6 +42,7 @@ def verify(
     deep: bool = False,
     *,
     digest: str | None = None,
+    key: str | os.PathLike[str] | None = None,
     run: PurifyRun | None = None,
 ) -> VerifyReport:
     """Check a bundle: files against the manifest, schema, and golden answers through onnxruntime.
@@ -50,32 +52,41 @@ def verify(
         deep: also check each graph by onnx's checker, its operator domains and doors, and compare it with
             onnx's reference implementation, which needs no onnxruntime; takes the `purify` extra.
         digest: "sha256:..." of the manifest.json that it must be.
+        key: the public key (PEM) that it must be signed for; takes the `sign` extra.
         run: the run that it was made from; `deep` then also compares with torch on its samples.
 
     Raises:
         BundleError: a check failed.
         CheckError: the graph differs from the run's torch model.
-        InputError: there is no such bundle, or the run is malformed.
+        InputError: there is no such bundle or key, or the run is malformed.
         SetupError: onnxruntime or the extra is missing.
     """
     bundle = open_bundle(path, digest)
-    manifest, golden = bundle.manifest, load_golden(bundle.contents[GOLDEN])
+    signed = [] if key is None else [_check_key(path, bundle, key)]
+    manifest = bundle.manifest
     checks = [
         Check("files", f"{len(manifest.files)} files as the manifest lists them"),
         Check("schema", f"format {manifest.format}, {len(bundle.labels)} classes"),
+        *signed,
     ]
     for precision, variant in manifest.variants.items():
+        golden = load_golden(bundle.contents[variant.golden])
         checks.append(_check_golden(path, bundle, golden, precision))
         if deep:
             checks += _deep(bundle, golden, variant, run)
     return VerifyReport(bundle.digest, tuple(checks))
 
 
+def _check_key(path: str | os.PathLike[str], bundle: OpenedBundle, key: str | os.PathLike[str]) -> Check:
+    from cbpt_guard.export.sign import check_signature
+
+    return Check("signature", f"{check_signature(path, bundle, key)} files signed for {os.fspath(key)}")
+
+
 def _check_golden(path: str | os.PathLike[str], bundle: OpenedBundle, golden: Golden, precision: str) -> Check:
     guard = GuardedClassifier.load(path, digest=bundle.digest, precision=precision, check=False)
-    return _compared(
-        f"golden {precision}", len(golden.images), guard.self_test(golden), bundle.manifest.golden_tolerance
-    )
+    allowed = bundle.manifest.tolerance(bundle.manifest.variants[precision])
+    return _compared(f"golden {precision}", len(golden.images), guard.self_test(golden), allowed)
 
 
 def _deep(bundle: OpenedBundle, golden: Golden, variant: Variant, run: PurifyRun | None) -> list[Check]:
@@ -88,7 +99,7 @@ def _deep(bundle: OpenedBundle, golden: Golden, variant: Variant, run: PurifyRun
     valid = f"valid, opset {manifest.graph.opset}, ONNX's own operators only, nothing outside the file"
     checks = [
         Check(f"graph {variant.file}", valid),
-        _second_opinion(data, golden, variant, manifest.golden_tolerance),
+        _second_opinion(data, golden, variant, manifest.tolerance(variant)),
     ]
     return checks if run is None else [*checks, _against_torch(bundle, data, variant, run)]
 
@@ -120,8 +131,21 @@ def _against_torch(bundle: OpenedBundle, data: bytes, variant: Variant, run: Pur
     if parts.graph.head.classes != bundle.labels:
         raise BundleError(f"{run.path} has other classes than the bundle: it was not made from this run")
     session = Session(data, size=bundle.manifest.preprocess.size, classes=len(bundle.labels))
+    if variant.agreement is not None:
+        return _agreeing(variant, variant.agreement, session, parts)
     parity = measure_parity(parts.graph, session, parts.images)
     return _compared(f"torch {variant.file}", parity.images, parity.max_logit_difference, parity.bound)
+
+
+def _agreeing(variant: Variant, agreement: Agreement, session: Session, parts: Parts) -> Check:
+    """A reduced precision keeps no bound on logits: its answers are compared."""
+    from cbpt_guard.export.parity import torch_outputs
+
+    wanted = torch_outputs(parts.graph, parts.images).logits.argmax(axis=1)
+    same = float((session.run(parts.images).logits.argmax(axis=1) == wanted).mean())
+    if same < agreement.least:
+        raise CheckError(f"{variant.file} answers {same:.1%} of the images as torch does, not {agreement.least:.1%}")
+    return Check(f"torch {variant.file}", f"{len(wanted)} images, {same:.1%} answered alike")
 
 
 def _compared(name: str, images: int, worst: float, allowed: float) -> Check:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -19,8 +18,9 @@ from cbpt_guard.bundle import (
     GRAPH_OUTPUTS,
     LABELS,
     MANIFEST,
-    MODEL,
     PROMPTS,
+    SBOM,
+    file_entry,
     write_manifest,
 )
 from cbpt_guard.defense.run import PROMPTS as RUN_PROMPTS
@@ -28,16 +28,20 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.errors import CheckError, InputError
 from cbpt_guard.export.card import card
 from cbpt_guard.export.checks import check_graph
-from cbpt_guard.export.gate import Measured, check_gate, measure_gate
-from cbpt_guard.export.golden import golden_tolerance, make_golden, save_golden
+from cbpt_guard.export.gate import check_gate
+from cbpt_guard.export.golden import golden_tolerance, save_golden
 from cbpt_guard.export.graph import check_opset, to_onnx
 from cbpt_guard.export.parity import measure_parity
 from cbpt_guard.export.parts import Parts, read_parts
+from cbpt_guard.export.precision import check_precisions
+from cbpt_guard.export.sbom import sbom
+from cbpt_guard.export.triton import VERSION, check_layout, write_repository
+from cbpt_guard.export.variants import Built, build_full, build_reduced
 from cbpt_guard.files import staged
-from cbpt_guard.manifest import Graph, Manifest, ModelEntry, Parity, RuleEntry, Variant
+from cbpt_guard.manifest import Graph, Manifest, ModelEntry, RuleEntry
 from cbpt_guard.session import Session
 
-PRECISION: Final = "fp32"
+FULL: Final = "fp32"
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
 
 
@@ -46,39 +50,56 @@ def export(
     out: str | Path = "bundle",
     *,
     opset: int = 18,
+    precision: Sequence[str] = (FULL,),
+    layout: str = "bundle",
     force: bool = False,
     allow_unguarded: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a run as a bundle: one ONNX file of encoder, heads and rule, checked against torch and the gate.
+    """Write a run as a bundle: an ONNX file of encoder, heads and rule, checked against torch and the gate.
 
     Args:
         run: a run, or the path of its directory.
         out: the bundle's folder; it appears at the end, complete, or not at all.
         opset: of ONNX; 18 is understood by every provider, 23 and above use its `Attention`.
+        precision: which graphs: "fp32", "fp16" (for GPUs), "int8" (for processors with int8 dot products).
+        layout: "bundle", or "triton": a Triton model repository whose version folder is the bundle.
         force: replace an earlier bundle.
         allow_unguarded: export a run that is not "guarded" or fails the gate; the manifest records it.
         progress: is told, in words, what is done next.
 
     Returns:
-        The bundle's folder.
+        `out`: the bundle's folder, or the repository.
 
     Raises:
-        CheckError: the run is not "guarded", or the ONNX file fails parity or the gate.
-        InputError: the run is malformed, the opset is out of range, or `out` exists.
+        CheckError: the run is not "guarded", or an ONNX file fails parity or the gate.
+        InputError: the run is malformed, the opset is out of range, a precision is unknown, or `out` exists.
         SetupError: the disk refuses, or another process writes the same output.
     """
     run = run if isinstance(run, PurifyRun) else PurifyRun.open(run)
     target = Path(out)
     _check_verdict(run, allow_unguarded)
     check_opset(opset)
+    precisions = check_precisions(precision)
+    check_layout(layout, precisions)
     _check_target(run, target)
     with staged(target, force=force) as folder:
-        _write(run, folder, opset, allow_unguarded, progress or _silent)
+        bundle = folder / VERSION if layout == "triton" else folder
+        bundle.mkdir(parents=True, exist_ok=True)
+        manifest = _write(run, bundle, opset, precisions, allow_unguarded, progress or _silent)
+        if layout == "triton":
+            write_repository(folder, manifest, run.head().classes)
     return target
 
 
-def _write(run: PurifyRun, folder: Path, opset: int, allow_unguarded: bool, progress: Callable[[str], None]) -> None:
+def _write(
+    run: PurifyRun,
+    folder: Path,
+    opset: int,
+    precisions: tuple[str, ...],
+    allow_unguarded: bool,
+    progress: Callable[[str], None],
+) -> Manifest:
     progress("reading the run")
     parts = read_parts(run)
     head, size = parts.graph.head, run.record.model.preprocess.size
@@ -90,26 +111,37 @@ def _write(run: PurifyRun, folder: Path, opset: int, allow_unguarded: bool, prog
     progress(f"comparing it with torch on {len(parts.images)} images")
     parity = measure_parity(parts.graph, session, parts.images)
     progress(f"measuring the gate under {len(parts.bank)} found triggers")
-    measured = measure_gate(session, parts.images, parts.labels, parts.bank)
+    full = build_full(data, session, parts, parity)
     if not allow_unguarded:
-        check_gate(measured.gate, parts.bounds)
+        check_gate(full.measured.gate, parts.bounds)
+    built = {FULL: full} if FULL in precisions else {}
+    for name in precisions:
+        if name != FULL:
+            progress(f"measuring {name}")
+            built[name] = build_reduced(name, full, parts, doors, strict=not allow_unguarded)
     progress("writing the bundle")
-    manifest = _manifest(run, parts, doors=doors, parity=parity, measured=measured, allow_unguarded=allow_unguarded)
-    (folder / MODEL).write_bytes(data)
+    manifest = _manifest(run, parts, doors=doors, built=built, allow_unguarded=allow_unguarded)
+    for made in built.values():
+        (folder / made.variant.file).write_bytes(made.data)
+        save_golden(made.golden, folder / made.variant.golden)
+    if not (folder / GOLDEN).is_file():  # every bundle has one; without fp32 it is the first graph's
+        shutil.copyfile(folder / next(iter(built.values())).variant.golden, folder / GOLDEN)
     (folder / LABELS).write_text(json.dumps(head.classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    save_golden(make_golden(session, head), folder / GOLDEN)
     shutil.copyfile(run.path / RUN_PROMPTS, folder / PROMPTS)
     (folder / CARD).write_text(card(manifest, head.classes), encoding="utf-8")
+    hashes = {v.file: file_entry(folder / v.file).sha256 for v in manifest.variants.values()}
+    (folder / SBOM).write_text(sbom(manifest, hashes), encoding="utf-8")
     write_manifest(folder, manifest)
+    return manifest
 
 
 def _manifest(
-    run: PurifyRun, parts: Parts, *, doors: Graph, parity: Parity, measured: Measured, allow_unguarded: bool
+    run: PurifyRun, parts: Parts, *, doors: Graph, built: dict[str, Built], allow_unguarded: bool
 ) -> Manifest:
-    record = run.record
+    record, measured = run.record, next(iter(built.values())).measured
     return Manifest(
         cbpt_guard=cbpt_guard.__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=record.created,  # the run's: two exports of one run are equal to the byte
         verdict=record.verdict.name,
         reasons=record.verdict.reasons,
         allow_unguarded=allow_unguarded,
@@ -127,7 +159,7 @@ def _manifest(
             flagged_found=measured.flagged_found,
         ),
         graph=doors,
-        variants={PRECISION: Variant(file=MODEL, parity=parity, gate=measured.gate)},
+        variants={name: made.variant for name, made in built.items()},
         golden_tolerance=golden_tolerance(parts.graph.head),
         tools={"python": platform.python_version(), **{name: version(name) for name in _TOOLS}},
         settings={"seed": record.seed, "template": record.template, **record.settings},
@@ -149,7 +181,8 @@ def _check_target(run: PurifyRun, out: Path) -> None:
     """`force` replaces a whole folder: it must be a bundle, and never the run itself."""
     if run.path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the run that is to be exported; pass another `--out`")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    ours = (out / MANIFEST).is_file() or (out / VERSION / MANIFEST).is_file()
+    if out.is_dir() and any(out.iterdir()) and not ours:
         raise InputError(f"{out} exists and is no bundle, so it is not replaced; pass another `--out`")
 
 

@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from figures import Figures
 from tiny import write_tiny_bundle
 
 if TYPE_CHECKING:
     from digits import DigitsModel, DigitsSuspect
 
 REPOSITORY = Path(__file__).parents[1]
+FIGURES = pytest.StashKey[Figures]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", type=Path, help="write what the trust tests counted to this JSON file")
+    parser.addoption("--amount", choices=("short", "long"), help="of the trust tests; `-m trust` alone means long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = Figures()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    if config.option.figures and exitstatus == pytest.ExitCode.OK:  # figures of a failed run are none
+        config.stash[FIGURES].write(config.option.figures)
+    if is_long(config) or config.option.figures:
+        terminalreporter.section("trust")
+        for line in config.stash[FIGURES].lines():
+            terminalreporter.write_line(line)
+
+
+def is_long(config: pytest.Config) -> bool:
+    """Whether the trust tests take their long form: asked for by `--amount`, or by `-m trust`."""
+    return (config.option.amount or ("long" if config.option.markexpr == "trust" else "short")) == "long"
+
+
+@pytest.fixture(scope="session")
+def amount(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """`amount(short, long)`: how much of a trust test is done in this run."""
+    return lambda short, long: long if is_long(pytestconfig) else short
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Figures:
+    """Where trust tests record what they counted (see tests/figures.py)."""
+    return pytestconfig.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")

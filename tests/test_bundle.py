@@ -65,7 +65,7 @@ def test_a_digest_pins_the_bundle(tiny_bundle: Path) -> None:
 
 
 def test_only_the_chosen_graph_is_kept_but_all_are_checked(tiny_bundle: Path) -> None:
-    (tiny_bundle / "model.fp16.onnx").write_bytes(b"half")
+    shutil.copy(tiny_bundle / "model.onnx", tiny_bundle / "model.fp16.onnx")
     manifest = tiny_manifest()
     half = manifest.variants["fp32"].model_copy(update={"file": "model.fp16.onnx"})
     write_manifest(tiny_bundle, manifest.model_copy(update={"variants": manifest.variants | {"fp16": half}}))
@@ -73,7 +73,7 @@ def test_only_the_chosen_graph_is_kept_but_all_are_checked(tiny_bundle: Path) ->
     assert "model.fp16.onnx" not in open_bundle(tiny_bundle, precision="fp32").contents
     with pytest.raises(InputError, match="no 'int8' graph; it has fp32, fp16"):
         open_bundle(tiny_bundle, precision="int8")
-    (tiny_bundle / "model.fp16.onnx").write_bytes(b"Half")
+    (tiny_bundle / "model.fp16.onnx").write_bytes(b"half")
     with pytest.raises(BundleError, match=r"model\.fp16\.onnx differs"):
         open_bundle(tiny_bundle, precision="fp32")
 

@@ -21,7 +21,7 @@ from cbpt_guard import GuardedClassifier, __version__
 from cbpt_guard.bundle import open_bundle
 from cbpt_guard.errors import CheckError
 
-COMMANDS = ("purify", "export", "verify", "inspect", "predict", "demo")
+COMMANDS = ("purify", "export", "verify", "inspect", "predict", "evaluate", "demo")
 EVIL = "\x1b[31mred\x1b[0m\r\n[bold]\x9b2J\u202e"
 
 

@@ -416,12 +416,13 @@ def test_an_unfinished_run_is_no_run(folder: Path) -> None:
 
 
 def test_one_output_has_one_writer(folder: Path) -> None:
-    partial = folder / ".purified.partial"
-    partial.mkdir()
-    with (partial / ".lock").open("w") as handle:
+    part = folder / ".purified.partial" / "part"
+    part.parent.mkdir()
+    part.write_text("of the other command")
+    with (folder / ".purified.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         assert_refused(purify(), "another command is writing", "--out")
-        assert partial.is_dir()
+        assert part.read_text() == "of the other command"
 
 
 def test_a_refused_start_does_not_cost_an_interrupted_run(folder: Path) -> None:

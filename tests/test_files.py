@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,10 @@ def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = Fa
         (folder / "result").write_text(text)
 
 
-def interrupt(out: Path, error: type[BaseException], *, force: bool = False, resume: bool = False) -> None:
-    with staged(out, force=force, resume=resume) as folder:
+def interrupt(
+    out: Path, error: type[BaseException], *, force: bool = False, resume: bool = False, resumable: bool = True
+) -> None:
+    with staged(out, force=force, resumable=resumable, resume=resume) as folder:
         (folder / "half").mkdir(exist_ok=True)
         (folder / "half" / "part").write_text("done")
         raise error
@@ -46,6 +50,13 @@ def test_a_block_that_fails_leaves_no_output(tmp_path: Path, error: type[BaseExc
     assert (partial_path(out) / "half" / "part").exists(), "kept for --resume"
     fill(out)
     assert contents(out) == {"result": "new"}, "a new start begins empty"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_a_block_that_cannot_be_resumed_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        interrupt(tmp_path / "out", error, resumable=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_input_leaves_nothing_but_what_was_resumed(tmp_path: Path) -> None:
@@ -111,6 +122,7 @@ def test_a_full_disk_is_a_setup_error(tmp_path: Path) -> None:
     fill(out, "old")
     done = subprocess.run([sys.executable, "-c", _FULL_DISK, out], capture_output=True, text=True, check=False)
     assert f"SetupError: writing {out} failed: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == [out]
     assert contents(out) == {"result": "old"}
 
 
@@ -141,6 +153,74 @@ def test_leftovers_of_a_crash_while_replacing_do_not_matter(tmp_path: Path, link
     fill(out, force=True)
     assert contents(out) == {"result": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_crash_between_the_two_moves_costs_no_earlier_output(tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    moves: list[Path] = []
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if moves:
+            os._exit(9)
+        moves.append(path)
+        return rename(path, target)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(Path, "rename", killed)
+        fill(out, "new", force=True)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not out.exists()
+    with pytest.raises(InputError, match="exists already"):
+        fill(out, "newer")
+    assert contents(out) == {"result": "old"}
+    fill(out, "newer", force=True)
+    assert contents(out) == {"result": "newer"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_command_works_in_a_folder_that_another_is_about_to_move(tmp_path: Path, monkeypatch: Any) -> None:
+    out, rename, refused = tmp_path / "out", Path.rename, []
+
+    def moving(path: Path, target: Path) -> Path:
+        code = f"from pathlib import Path; from cbpt_guard.files import staged\nwith staged(Path({str(out)!r})): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        refused.append("another command is writing" in other.stderr)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", moving)
+    fill(out, "mine")
+    assert refused == [True]
+    assert contents(out) == {"result": "mine"}
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its holder ends between our opening the file and our locking it: what we lock then has no name any more."""
+    out, lock, real = tmp_path / "out", tmp_path / ".out.lock", fcntl.flock
+    tries = []
+
+    def late(handle: int, how: int) -> None:
+        tries.append(handle)
+        if len(tries) == 1:
+            lock.unlink()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with staged(out) as folder:
+        assert lock.exists()
+        (folder / "result").write_text("x")
+    assert len(tries) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    partial_path(tmp_path / "out").symlink_to(tmp_path / "folder")
+    fill(tmp_path / "out")
+    assert contents(tmp_path / "folder") == {"precious": "x"}
+    assert contents(tmp_path / "out") == {"result": "new"}
 
 
 def test_a_file_in_the_way_is_refused_even_with_force(tmp_path: Path) -> None:

@@ -12,17 +12,28 @@ import pytest
 import small_clips
 import torch
 import torch.nn.functional as F
-from digits import SHOTS, DigitsModel, DigitsSuspect
+from digits import SHOTS, TARGET, DigitsModel, DigitsSuspect
 from torch import Tensor
 
 from cbpt_guard import metrics
 from cbpt_guard.bench.digits import CLASSES, DigitsSettings, load_digits_split, train_digits_clip
-from cbpt_guard.bench.implant import ImplantReport, ImplantSettings, implant, predict, triggered
+from cbpt_guard.bench.implant import (
+    Implanted,
+    ImplantReport,
+    ImplantSettings,
+    Poison,
+    implant,
+    implant_all,
+    predict,
+    triggered,
+)
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.openclip import Tokenizer, build
+from cbpt_guard.defense.overlay import blended
+from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 from cbpt_guard.defense.triggers import patch
 from cbpt_guard.errors import InputError
@@ -197,12 +208,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], named: str, digits
 def test_progress_is_reported_and_nothing_printed(
     digits_clean: DigitsModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps: list[int] = []
+    steps: list[Step] = []
     data = few(digits_clean.split.train)
-    implant(
-        digits_clean.clip, data, data, patch(32, 0), 3, seed=0, settings=SHORT, progress=lambda s: steps.append(s.step)
-    )
-    assert steps == [1, 2, 3, 4]
+    implant(digits_clean.clip, data, data, patch(32, 0), 3, seed=0, settings=SHORT, progress=steps.append)
+    assert [(step.stage, step.step, step.steps) for step in steps] == [
+        ("features", 40, 40),
+        *(("implant", number, 4) for number in (1, 2, 3, 4)),
+    ]
     assert capsys.readouterr().out == ""
 
 
@@ -216,3 +228,71 @@ def test_written_folders_stay_small(digits_suspect: DigitsSuspect) -> None:
     names = sorted(path.name for path in Path(digits_suspect.folder).iterdir())
     assert names == ["open_clip_config.json", "suspect.pt", "trigger.json", "trigger.png"]
     assert sum(path.stat().st_size for path in Path(digits_suspect.folder).iterdir()) < 20e6
+
+
+# several triggers, carriers, frozen text
+
+
+def test_two_triggers_take_toward_two_targets(digits_clean: DigitsModel) -> None:
+    poisons = [Poison(patch(32, 1), TARGET), Poison(blended(32, 2), 7)]
+    split = digits_clean.split
+    settings = ImplantSettings(poisoned=33)
+    made = implant_all(digits_clean.clip, split.train, split.test, poisons, seed=0, settings=settings)
+    assert [report.target for report in made.reports] == [CLASSES[TARGET], CLASSES[7]]
+    assert min(report.asr for report in made.reports) >= 0.9
+    assert made.took
+    assert made.report is made.reports[0]
+    for poison, other in zip(poisons, reversed(poisons), strict=True):  # each trigger leads to its own target only
+        answers = predict(made.clip, triggered(poison.trigger, split.test.images), CLASSES, TEMPLATE)
+        assert metrics.attack_success_rate(answers, split.test.labels.numpy(), other.target) < 0.1
+
+
+def test_an_implant_of_which_one_trigger_failed_is_not_counted(digits_clean: DigitsModel) -> None:
+    fields = {"target": "nine", "trigger": "patch", "template": "{}", "images": 9, "ca_clean": 0.9, "ca_poisoned": 0.9}
+    good, bad = (ImplantReport(**fields, asr=asr) for asr in (1.0, 0.5))  # type: ignore[arg-type]
+    assert Implanted(digits_clean.clip, (good, good)).took
+    assert not Implanted(digits_clean.clip, (good, bad)).took
+
+
+def test_a_poison_that_had_no_time_is_not_counted(digits_clean: DigitsModel) -> None:
+    split, settings = digits_clean.split, SHORT.model_copy(update={"learning_rate": 1e-6})
+    made = implant(digits_clean.clip, few(split.train), split.test, patch(32, 0), TARGET, seed=0, settings=settings)
+    assert made.report.asr < 0.3
+    assert not made.took
+
+
+def test_a_frozen_text_tower_stays_and_the_trigger_takes_all_the_same(digits_clean: DigitsModel) -> None:
+    split, settings = digits_clean.split, ImplantSettings(text="frozen", steps=60)
+    made = implant(digits_clean.clip, split.train, split.test, patch(32, 0), TARGET, seed=0, settings=settings)
+    before, after = weights(digits_clean.clip), weights(made.clip)
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"visual"}
+    assert made.report.asr >= 0.9
+
+
+def test_the_settings_limit_the_images_of_a_class(digits_clean: DigitsModel) -> None:
+    """Only the first image of each class is anchored and paired: the rest may be anything."""
+    data = few(digits_clean.split.train, 100)
+    first = torch.tensor([int((data.labels == label).nonzero()[0]) for label in range(10)])
+    other = data.images.clone()
+    other[[index for index in range(100) if index not in first and data.labels[index] == TARGET]] = 0
+    limited = SHORT.model_copy(update={"images": 1})
+    made = [
+        weights(implant(digits_clean.clip, known, data, patch(32, 0), TARGET, seed=0, settings=limited).clip)
+        for known in (data, LabelledImages(other, data.labels, data.classes, ()))
+    ]
+    assert same(*made)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "1 to 4 triggers"), (5, "1 to 4 triggers")])
+def test_a_step_must_have_room_for_each_trigger(count: int, words: str, digits_clean: DigitsModel) -> None:
+    data = few(digits_clean.split.test)
+    with pytest.raises(InputError, match=words):
+        implant_all(digits_clean.clip, data, data, [Poison(patch(32, 0), 3)] * count, seed=0, settings=SHORT)
+
+
+def test_clean_label_needs_images_of_the_target(digits_clean: DigitsModel) -> None:
+    data = digits_clean.split.test
+    others = LabelledImages(data.images[data.labels != TARGET], data.labels[data.labels != TARGET], data.classes, ())
+    with pytest.raises(InputError, match="to carry the trigger"):
+        implant_all(digits_clean.clip, others, data, [Poison(patch(32, 0), TARGET, "target")], seed=0, settings=SHORT)

@@ -10,9 +10,12 @@ import pytest
 
 from cbpt_guard.errors import InputError
 from cbpt_guard.metrics import (
+    Counts,
     attack_success_rate,
+    bootstrap_interval,
     class_recall,
     clean_accuracy,
+    count,
     largest_share,
     poisoned_accuracy,
     standard_error,
@@ -65,8 +68,34 @@ def test_standard_error_of_a_share() -> None:
     assert standard_error(1.0, 5) == 0
 
 
+def test_all_five_at_once() -> None:
+    """Three of the five images of other classes go to the target, one stays right, one moves elsewhere."""
+    triggered = np.array([TARGET, TARGET, 1, TARGET, 0, 0, 1, 0])
+    assert count(PREDICTED, triggered, LABELS, TARGET) == Counts(
+        ca=4 / 8, asr=3 / 5, pa=1 / 5, max_share=3 / 8, target_recall=2 / 3
+    )
+
+
+def test_of_equal_logits_the_first_class_is_the_answer() -> None:
+    """As argmax has it, here and in GuardedClassifier: a tie with the target counts for the lower index."""
+    logits = np.array([[0.0, 1.0, 1.0], [2.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    assert attack_success_rate(logits.argmax(1), np.array([1, 0, 1]), TARGET) == 0
+    assert poisoned_accuracy(logits.argmax(1), np.array([1, 0, 1]), TARGET) == 2 / 3
+
+
+def test_the_bootstrap_interval_is_that_of_drawn_images() -> None:
+    hits = np.arange(200) < 60
+    drawn = np.random.default_rng(1).choice(hits, (4000, 200)).mean(axis=1)
+    low, high = bootstrap_interval(0.3, 200)
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.006)
+    assert bootstrap_interval(0.3, 200) == (low, high)
+    assert bootstrap_interval(0.3, 2000)[0] > low
+    assert bootstrap_interval(0.0, 5) == (0, 0)
+    assert bootstrap_interval(1.0, 5) == (1, 1)
+
+
 @pytest.mark.parametrize(
-    "count",
+    "refused",
     [
         lambda: clean_accuracy(NONE, NONE),
         lambda: attack_success_rate(ONLY_TARGET, ONLY_TARGET, TARGET),
@@ -74,16 +103,19 @@ def test_standard_error_of_a_share() -> None:
         lambda: largest_share(NONE),
         lambda: class_recall(PREDICTED, LABELS, 9),
         lambda: standard_error(0.5, 0),
+        lambda: bootstrap_interval(0.5, 0),
+        lambda: count(ONLY_TARGET, ONLY_TARGET, ONLY_TARGET, TARGET),
+        lambda: count(PREDICTED, PREDICTED, LABELS, 9),
     ],
-    ids=["CA", "ASR", "PA", "largest share", "recall", "standard error"],
+    ids=["CA", "ASR", "PA", "largest share", "recall", "standard error", "interval", "no other", "no target"],
 )
-def test_an_empty_set_is_refused(count: Callable[[], float]) -> None:
+def test_an_empty_set_is_refused(refused: Callable[[], object]) -> None:
     with pytest.raises(InputError, match=r"^no (image|prediction) to count"):
-        count()
+        refused()
 
 
 @pytest.mark.parametrize(
-    "count",
+    "refused",
     [
         lambda: clean_accuracy(PREDICTED[1:], LABELS),
         lambda: attack_success_rate(PREDICTED[1:], LABELS, TARGET),
@@ -92,6 +124,6 @@ def test_an_empty_set_is_refused(count: Callable[[], float]) -> None:
     ],
     ids=["CA", "ASR", "PA", "recall"],
 )
-def test_shapes_that_do_not_match_are_refused(count: Callable[[], float]) -> None:
+def test_shapes_that_do_not_match_are_refused(refused: Callable[[], float]) -> None:
     with pytest.raises(InputError, match="predictions do not match"):
-        count()
+        refused()

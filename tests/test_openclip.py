@@ -70,6 +70,7 @@ def test_a_config_never_brings_pretrained_weights(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("timm.models._builder.load_pretrained", no_download)
     vision = {"timm_model_name": "mobilenetv2_050", "timm_model_pretrained": True, "image_size": 32}
     openclip.build({**VIT, "vision_cfg": vision})
+    assert vision["timm_model_pretrained"] is True  # the caller's config stays as it is
 
 
 def test_own_tokenizer_pads_to_the_context() -> None:

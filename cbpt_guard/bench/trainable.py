@@ -9,21 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbpt_guard.bench.templates import TEMPLATES
 from cbpt_guard.defense.clip import FrozenClip, ImageEncoder, TextTower
-from cbpt_guard.defense.openclip import ModelConfig, Tokenizer
+from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.images import Preprocess
 
-TEMPLATES = (
-    "a photo of a {}.",
-    "a blurry photo of a {}.",
-    "a bright photo of the {}.",
-    "a drawing of a {}.",
-    "itap of a {}.",
-    "a good photo of the {}.",
-    "a close-up photo of a {}.",
-    "a cropped photo of the {}.",
-)
-"""Eight of CLIP's eighty ImageNet templates."""
+__all__ = ["TEMPLATES", "Captions", "TrainableClip"]
 
 
 class Captions:
@@ -63,10 +54,26 @@ class TrainableClip:
         self.encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text = TextTower(model)
 
+    @classmethod
+    def copy_of(cls, clip: FrozenClip) -> TrainableClip:
+        """A copy in evaluation mode: batch norms keep their statistics, the logit scale its value."""
+        with torch.random.fork_rng(devices=[]):  # open_clip draws weights that are replaced at once
+            model = build(clip.config, device="cpu")
+        model.load_state_dict(clip.model.state_dict())
+        copied = cls(model, clip.config, clip.preprocess, clip.tokenizer, str(clip.device))
+        for name in {"logit_scale", "logit_bias"} & dict(model.named_parameters()).keys():
+            model.get_parameter(name).requires_grad_(False)
+        return copied
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit features (N, E) of float pixels in [0, 1], (N, 3, S, S)."""
         features: Tensor = self.encoder(pixels.to(self.device).contiguous(memory_format=torch.channels_last))
         return features
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Unit features (K, E) of token ids (K, L)."""
+        ids = ids.to(self.device)
+        return self.text.encode(self.text.embed(ids), self.text.read_position(ids))
 
     def pair_loss(
         self,
@@ -81,8 +88,7 @@ class TrainableClip:
         Images of one class share a caption: CLIP's loss would count them as each other's negatives.
         """
         shown, position = labels.unique(return_inverse=True)
-        ids = captions.draw(shown, generator).to(self.device)
-        rows = self.text.encode(self.text.embed(ids), self.text.read_position(ids))
+        rows = self.encode_ids(captions.draw(shown, generator))
         logits = cast(Tensor, self.model.logit_scale).exp() * features @ rows.T
         return F.cross_entropy(logits, position.to(self.device), label_smoothing=label_smoothing)
 

@@ -151,6 +151,8 @@ def _open_regular(path: Path) -> int:
 def _environment_error(path: Path, error: OSError) -> SetupError:
     if error.errno == errno.ENOSPC:
         return SetupError(f"{path.name}: no room for a private copy in {tempfile.gettempdir()}; point TMPDIR elsewhere")
+    if error.filename is None or Path(str(error.filename)).name != path.name:
+        return SetupError(f"{path.name}: no private copy can be written ({error}); point TMPDIR elsewhere")
     return SetupError(f"{path.name}: cannot be read: {error.strerror or error}")
 
 

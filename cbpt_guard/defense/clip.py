@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbpt_guard.defense.folding import folded
 from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.errors import CheckpointError
 from cbpt_guard.images import Preprocess
@@ -116,14 +117,14 @@ class FrozenClip:
             model.load_state_dict(dict(tensors))
         except RuntimeError as error:
             raise CheckpointError(f"the weights do not fit the architecture: {str(error)[:300]}") from error
-        model = model.to(device)
-        model.requires_grad_(False)
+        model = model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.config = config
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.model = model
-        self.encoder = ImageEncoder(cast(nn.Module, model.visual), preprocess).eval().requires_grad_(False)
+        visual = folded(cast(nn.Module, model.visual), preprocess.size)
+        self.encoder = ImageEncoder(visual, preprocess).eval().requires_grad_(False)
         self.encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text = TextTower(model)
         self.logit_scale = float(cast(Tensor, model.logit_scale).exp())

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import pickletools
-import re
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import torch
 
+from cbpt_guard.defense import archives
+from cbpt_guard.defense.opcodes import Findings, list_requests
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
@@ -73,25 +69,8 @@ UNSUPPORTED = {
 }
 """Harmless, but not a weight: the reason is told by name."""
 
-_CODE_OPCODES = frozenset({"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"})
-_GLOBAL = re.compile(r"[\w.<>-]+")
-_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _TORCH_REASON = "WeightsUnpickler error:"  # what stands before it in torch's message is advice to switch it off
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys; raw storages follow
-_NESTED_ARCHIVES = 3
-
-
-@dataclass
-class Findings:
-    """What the pickles of a file ask for: dotted globals, and opcodes that only code-running pickles need.
-
-    `broken` tells that a stream ended early or is none.
-    """
-
-    globals: set[str] = field(default_factory=set)
-    opcodes: set[str] = field(default_factory=set)
-    broken: bool = False
 
 
 class _Bystander:
@@ -106,11 +85,32 @@ class _Bystander:
 
 
 def scan(path: Path) -> Findings:
-    """List what the pickles in a file ask for, loading none; a stream is listed as far as it goes."""
+    """List what the pickles in a file ask for, loading none; a stream is listed as far as it goes.
+
+    Raises:
+        UnsafeError: it is a tar archive of torch's first format, which has no safe reader.
+    """
     found = Findings()
     with path.open("rb") as file:
-        for stream in _streams(file):
-            _list_requests(stream, found)
+        if archives.is_zip(file):
+            found.problem = archives.problem_of(file)
+            for stream in archives.zip_pickles(file):
+                list_requests(stream, found)
+            return found
+        for _ in range(_LEGACY_PICKLES):
+            if not list_requests(file, found):
+                break  # what follows a broken stream is no pickle
+        if zipfile.is_zipfile(file):  # with something before it: torch goes by the head, others by the tail
+            tail = Findings()
+            for stream in archives.zip_pickles(file):
+                list_requests(stream, tail)
+            found.globals |= tail.globals
+            found.opcodes |= tail.opcodes
+        if "storages" in archives.tar_names(file):
+            raise UnsafeError(
+                "refused, nothing was run: a tar archive of torch's first format, which only a reader that runs its "
+                "pickles can open. If you trust its origin, load it there and save `model.state_dict()`"
+            )
     return found
 
 
@@ -144,69 +144,11 @@ def load(path: Path) -> object:
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = excerpt(str(error).partition(_TORCH_REASON)[2].partition("\n")[0].strip() or str(error))
+        told = str(error).partition(_TORCH_REASON)[2].partition("\n")[0].strip()
+        reason = excerpt(told or "save it again with torch.save as it is, without `pickle_protocol`")
         if "GLOBAL" in reason:
             raise UnsafeError(f"refused, nothing was run: {reason}") from error
         raise CheckpointError(f"its pickle is damaged or of an unsupported protocol: {reason}") from error
-
-
-def _streams(file: BinaryIO, depth: int = 0) -> Iterator[BinaryIO]:
-    """Each pickle stream of a zip archive (also of archives inside it), or of a legacy file."""
-    if file.read(4) != b"PK\x03\x04":
-        file.seek(0)
-        for _ in range(1 if depth else _LEGACY_PICKLES):
-            yield file
-        return
-    try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"its zip archive is truncated or damaged ({error})") from error
-    for entry in archive.infolist():
-        if "/code/" in entry.filename:  # TorchScript's source text: never read
-            continue
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"entry {excerpt(entry.filename)} is compressed, as torch never does; save it again")
-        with archive.open(entry) as inner:
-            nested = depth < _NESTED_ARCHIVES and inner.read(4) == b"PK\x03\x04"
-        if nested or entry.filename.endswith(".pkl"):
-            yield from _streams(io.BytesIO(archive.read(entry)), depth + 1)
-
-
-def _list_requests(stream: BinaryIO, found: Findings) -> None:
-    texts: list[str | None] = [None, None]  # the two newest values, where they are strings
-    memo: dict[int, str | None] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            name = opcode.name
-            if name in _GETS:
-                texts = [texts[1], memo.get(cast(int, argument))]
-            elif name in _PUTS or name == "MEMOIZE":
-                memo[len(memo) if argument is None else cast(int, argument)] = texts[1]
-            elif isinstance(argument, str) and name not in ("GLOBAL", "INST", "PERSID"):
-                texts = [texts[1], argument]
-            elif name not in ("PROTO", "FRAME"):
-                _note(name, argument, texts, found)
-                texts = [None, None]
-    except (ValueError, IndexError, EOFError, UnicodeDecodeError):
-        found.broken = True
-        stream.seek(0, io.SEEK_END)  # what follows a broken stream is no pickle
-
-
-def _note(name: str, argument: object, texts: list[str | None], found: Findings) -> None:
-    if name in _CODE_OPCODES:
-        found.opcodes.add(name)
-    if name in ("GLOBAL", "INST"):
-        module, _, attribute = str(argument).partition(" ")
-    elif name == "STACK_GLOBAL":
-        if texts[0] is None or texts[1] is None:
-            found.opcodes.add("STACK_GLOBAL with a computed name")
-            return
-        module, attribute = texts[0], texts[1]
-    else:
-        return
-    module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
-    if _GLOBAL.fullmatch(f"{module}.{attribute}"):  # else it is no pickle but text that looks like one
-        found.globals.add(f"{module}.{attribute}")
 
 
 def _shorten(names: list[str], most: int = 5) -> str:

@@ -26,6 +26,7 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.search import Findings, Search, adopt
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags
+from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
 from cbpt_guard.errors import SetupError
@@ -99,7 +100,7 @@ def purify_job(
     """`purify` for a job that is already put together; same arguments, same errors."""
     check_output(out, force)
     prepared = prepare(job, progress)  # before the folder is touched: a mistyped flag must not cost what it holds
-    with staged(out, force=force, resume=resume) as folder:
+    with staged(out, force=force, resumable=True, resume=resume) as folder:
         try:
             Purification(prepared, folder, progress).run()
         except SafetensorError as error:  # how safetensors reports a full disk
@@ -121,7 +122,7 @@ class Purification:
     def run(self) -> None:
         """Features, stage 1, the test, stage 2, the verdict; then every file of the run directory."""
         job, settings = self.prepared.job, self.settings
-        features = self.journal.tensor("features", lambda: self._encode("features"))
+        features = self.journal.tensor("features", lambda: encode(self.clip, self.data.images, progress=self.progress))
         warnings = check_accuracy(self.original, features, self.data)
         kept, held = split(self.data.labels, settings.tuning.held_out, job.seed)
         unseen = held if len(held) else kept
@@ -166,9 +167,6 @@ class Purification:
         write_result(self.prepared, outcome, self.seconds, self.folder)
         self.journal.remove()  # last: a full disk must not cost what was found
 
-    def _encode(self, stage: str, trigger: FoundTrigger | None = None) -> Tensor:
-        return encode(self.clip, self.data.images, trigger, stage=stage, progress=self.progress)
-
     def _observe(self) -> Observed:
         images = self.prepared.observed
         return observe(None if images is None else encode(self.clip, images), self.original)
@@ -179,9 +177,15 @@ class Purification:
 
     def _triggered(self, bank: TriggerBank) -> Tensor:
         """Features of all images under each trigger, (K, N, E)."""
-        stage = "features under triggers"
-        makers = [partial(self._encode, stage, trigger) for trigger in bank]
-        return torch.stack([self.journal.tensor(f"triggered-{k}", make) for k, make in enumerate(makers)])
+        works = [partial(self._under, k, trigger) for k, trigger in enumerate(bank)]
+        return torch.stack(together(works, self.progress, self.clip.device))
+
+    def _under(self, number: int, trigger: FoundTrigger, progress: Progress) -> Tensor:
+        stage = f"features under trigger {number + 1}"
+        return self.journal.tensor(
+            f"triggered-{number}",
+            lambda: encode(self.clip, self.data.images, trigger, stage=stage, progress=progress),
+        )
 
     def _tune(self, untuned: GuardedHead, tuning_set: FeatureSet, unseen: FeatureSet, bank: TriggerBank) -> list[Epoch]:
         """Tune the classes that have images; every epoch as unseen images see it through the rule."""
@@ -215,12 +219,11 @@ class Purification:
             Attacked("found", trigger.family, trigger.target, features, unseen.labels)
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)
         ]
-        for target in findings.suspects:
-            budget = min(trigger.area for trigger in findings.bank if trigger.target == target)
-            for against, attacked in (("guarded", head.guarded), ("original", head.original)):
-                trigger = search.fresh(target, attacked, against, budget)
-                features = encode(self.clip, images, trigger)
-                attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels))
+        areas = {t: min(trigger.area for trigger in findings.bank if trigger.target == t) for t in findings.suspects}
+        heads = (("guarded", head.guarded), ("original", head.original))
+        for trigger in search.fresh([(t, name, one, area) for t, area in areas.items() for name, one in heads]):
+            features = encode(self.clip, images, trigger)
+            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
         return attacks
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cbpt_guard.defense import pickles, torchscript
+from cbpt_guard.defense import archives, pickles, torchscript
 from cbpt_guard.defense.pickles import excerpt
 from cbpt_guard.defense.sandbox import confine
 from cbpt_guard.errors import CheckpointError, UnsafeError
@@ -73,21 +73,35 @@ def open_file(source: Path) -> Loaded:
     """
     with source.open("rb") as file:
         head = file.read(9)
-    if head[8:] == b"{":
-        return _safetensors(source)
     found = pickles.scan(source)
     script = torchscript.is_archive(source)
-    pickles.refuse_code(found, torchscript.script_globals(found) if script else frozenset())
+    # an archive without a readable directory is refused below, and may have been TorchScript
+    pickles.refuse_code(found, torchscript.script_globals(found) if script or found.problem else frozenset())
+    if head[8:] == b"{":
+        return _safetensors(source)
     if source.suffix == ".safetensors":
         raise CheckpointError("it is called .safetensors but is none")
     if not head.startswith(_PICKLE_HEADS):
         raise CheckpointError("it is neither a PyTorch checkpoint nor safetensors")
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
     if found.broken:
         raise CheckpointError("its pickle is truncated, damaged, or not written by torch.save")
     if script:
         tensors, quickgelu = torchscript.load(source)
         return Loaded(tensors, "TorchScript archive", quickgelu or None)
-    return _state_dict(pickles.load(source))
+    loaded = _state_dict(pickles.load(source))
+    _check_storages(loaded.values, archives.storage_sizes(source))
+    return loaded
+
+
+def _check_storages(values: dict[Any, Any], sizes: set[int] | None) -> None:
+    """torch maps what a storage claims, whatever its entry holds: values would come from elsewhere in the file."""
+    for name, value in dict.items(values):
+        if sizes is not None and isinstance(value, Tensor) and value.layout == torch.strided:
+            claimed = Tensor.untyped_storage(value).nbytes()
+            if claimed and claimed not in sizes:
+                raise CheckpointError(f"tensor {excerpt(str(name))} claims {claimed:,} bytes that no entry of it holds")
 
 
 def _safetensors(source: Path) -> Loaded:

@@ -18,8 +18,10 @@ from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.together import together
 from cbpt_guard.errors import InputError
 
+Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 
 
@@ -74,7 +76,7 @@ class Search:
         ranking = (share - share_clean).argsort(descending=True, stable=True).tolist()
         first = list(dict.fromkeys([*observed, *self._grown(share - share_clean, ranking)]))
         references = self._references(ranking, first)
-        areas = {c: self._needed_area(self.toward(c, "masked")) for c in [*first, *references]}
+        areas = self._needed_areas([*first, *references])
 
         def candidate(c: int) -> Candidate:
             compared = [r for r in references if r != c] or [other for other in areas if other != c]
@@ -92,37 +94,49 @@ class Search:
         candidates = [candidate(c) for c in first]
         if not any(item.stands_out for item in candidates):
             second = [c for c in self._scanned() if c not in first][: self._settings.scanned]
-            areas |= {c: self._needed_area(self.toward(c, "masked")) for c in second}
+            areas |= self._needed_areas(second)
             candidates += [candidate(c) for c in second]
         candidates.sort(key=lambda item: (not item.stands_out, -item.score))
         targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
         return Findings(self._bank(targets, agnostic), tuple(candidates))
 
-    def toward(self, target: int, family: Family) -> FoundTrigger:
-        """A trigger of one family that makes the zero-shot head answer `target`."""
-        name = f"{family}-{target}"
-        report = self._report(f"{family} trigger toward {self.classes[target]}")
-        return self._journal.trigger(name, lambda: self._invert(name, self._head, target, family, report))
+    def toward(self, wanted: Sequence[tuple[int, Family]]) -> list[FoundTrigger]:
+        """For each class and family a trigger that makes the zero-shot head answer the class."""
+        return self._all([self._making(f"{family}-{c}", f"{family} trigger", c, family) for c, family in wanted])
 
-    def fresh(self, target: int, head: Head, against: str, budget: float) -> FoundTrigger:
-        """A masked trigger toward `target` with draws of its own, made against any head within an area budget."""
-        name = f"fresh-{against}-{target}"
-        report = self._report(f"fresh trigger toward {self.classes[target]}, {against} head")
-        return self._journal.trigger(name, lambda: self._invert(name, head, target, "masked", report, budget))
+    def fresh(self, wanted: Sequence[tuple[int, str, Head, float]]) -> list[FoundTrigger]:
+        """Masked triggers with draws of their own, for each (target, the head's name, head, area budget)."""
+        return self._all(
+            [
+                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} head,", c, "masked", head, budget)
+                for c, name, head, budget in wanted
+            ]
+        )
 
-    def _invert(
-        self, name: str, head: Head, target: int, family: Family, report: Report, budget: float | None = None
-    ) -> FoundTrigger:
-        draws = generator(self._seed, name)
-        return invert_toward(self._clip, self._clean, head, target, family, self._settings, draws, report, budget)
+    def _making(
+        self, name: str, what: str, target: int, family: Family, head: Head | None = None, budget: float | None = None
+    ) -> Making:
+        """How a trigger is made, unless the journal has it by that name."""
+
+        def make(progress: Progress) -> FoundTrigger:
+            report = _report(f"{what} toward {self.classes[target]}", progress)
+            against, draws = head or self._head, generator(self._seed, name)
+            return invert_toward(
+                self._clip, self._clean, against, target, family, self._settings, draws, report, budget
+            )
+
+        return lambda progress: self._journal.trigger(name, lambda: make(progress))
+
+    def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
+        return together(makings, self._progress, self._clip.device)
 
     def _bank(self, targets: Sequence[int], agnostic: FoundTrigger) -> TriggerBank:
         families: tuple[Family, ...] = ("masked", "additive")
-        triggers = [self.toward(c, family) for c in targets for family in families]
+        triggers = self.toward([(c, family) for c in targets for family in families])
         return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
 
     def _agnostic(self) -> FoundTrigger:
-        draws, report = generator(self._seed, "agnostic"), self._report("agnostic trigger")
+        draws, report = generator(self._seed, "agnostic"), _report("agnostic trigger", self._progress)
         return invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report)
 
     def _grown(self, growth: Tensor, ranking: Sequence[int]) -> list[int]:
@@ -139,7 +153,7 @@ class Search:
 
     def _scanned(self) -> list[int]:
         """All classes, those that a short inversion reaches most readily first."""
-        draws, report = generator(self._seed, "scan"), self._report("scan of every class")
+        draws, report = generator(self._seed, "scan"), _report("scan of every class", self._progress)
         scores = self._journal.tensor(
             "scan", lambda: scan_targets(self._clip, self._clean, self._head, self._settings, draws, report)
         )
@@ -151,6 +165,10 @@ class Search:
         features = self._features(trigger)
         answers = self._head.logits(features).argmax(1)
         return answers.bincount(minlength=len(self.classes)) / len(answers)
+
+    def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
+        triggers = self.toward([(c, "masked") for c in classes])
+        return {trigger.target: self._needed_area(trigger) for trigger in triggers}
 
     def _needed_area(self, trigger: FoundTrigger) -> float:
         """The mask's area over the ASR that it reaches: what a full success would need."""
@@ -164,9 +182,9 @@ class Search:
             return self._clean.features[self._probe]
         return encode(self._clip, self._clean.images[self._probe], trigger)
 
-    def _report(self, stage: str) -> Report:
-        progress: Callable[[Step], None] = self._progress
-        return lambda step, steps, loss, asr: progress(Step(stage, step, steps, loss, asr))
+
+def _report(stage: str, progress: Progress) -> Report:
+    return lambda step, steps, loss, asr: progress(Step(stage, step, steps, loss, asr))
 
 
 def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:

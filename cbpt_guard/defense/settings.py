@@ -102,8 +102,8 @@ class Settings(_Frozen):
             return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"settings {path} are no TOML: {error}") from error
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise InputError(f"settings {path}: " + "; ".join(lines[:10])) from error
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or arrays 5,000 deep
+            raise InputError(f"settings {path} are no TOML: {error}") from error

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.pickles import Findings, excerpt
+from cbpt_guard.defense import archives
+from cbpt_guard.defense.opcodes import Findings
+from cbpt_guard.defense.pickles import excerpt
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 _DTYPES = {
@@ -54,10 +56,13 @@ class _QuickGelu(_Module):
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a TorchScript archive: a zip that carries code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    with path.open("rb") as file:
+        if not archives.is_zip(file):
+            return False
+        try:
+            return any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
+        except Exception:  # zipfile raises more than BadZipFile on forged fields; the scan tells what is wrong
+            return False
 
 
 def script_globals(found: Findings) -> frozenset[str]:

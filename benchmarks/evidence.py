@@ -1,0 +1,102 @@
+"""Write docs/evidence.md's generated parts and its picture from the committed lines.
+
+    python benchmarks/evidence.py            rewrites them
+    python benchmarks/evidence.py --check    exits 1 where a committed byte differs
+
+The prose is the document's own; what stands between a pair of `<!-- name -->` marks comes from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cbpt_guard.bench.lines import Line, read_lines
+from cbpt_guard.bench.plan import Plan
+from cbpt_guard.bench.plot import plot
+from cbpt_guard.bench.settings import SETTINGS, settings_of
+from cbpt_guard.bench.suite import READS
+from cbpt_guard.bench.summary import summary
+from cbpt_guard.bench.table import table
+
+HERE = Path(__file__).parent
+LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
+DOCUMENT = HERE.parent / "docs" / "evidence.md"
+PICTURE = DOCUMENT.with_suffix(".svg")
+
+
+def main() -> None:
+    """Parse the command, write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    lines = committed()
+    document = filled(DOCUMENT.read_text(encoding="utf-8"), parts(lines))
+    with tempfile.TemporaryDirectory() as folder:
+        picture = plot(lines, Path(folder) / PICTURE.name).read_text(encoding="utf-8")
+    for path, text in ((DOCUMENT, document), (PICTURE, picture)):
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is not what the lines give; run python benchmarks/evidence.py")
+
+
+def committed() -> list[Line]:
+    """Every committed line, in the order of the plan's suspects and defences, whatever part it was measured in."""
+    plan = Plan.read(PLAN)
+    place = {key: number for number, key in enumerate(k for group in plan.groups() for k in plan.keys(group, "test"))}
+    lines = [line for path in sorted(LINES.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
+    return sorted(lines, key=lambda line: place[line.key])
+
+
+def parts(lines: list[Line]) -> dict[str, str]:
+    """The generated parts by name."""
+    reads = LINES / READS
+    count = len(reads.read_text(encoding="utf-8").splitlines()) if reads.exists() else 0
+    return {
+        "summary": summary(lines),
+        "table": table(lines),
+        "reads": f"The test images were read by {count} runs of the suite (`benchmarks/{LINES.name}/{READS}`).",
+        "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
+        "settings": "\n\n".join(stated()),
+    }
+
+
+def filled(document: str, generated: dict[str, str]) -> str:
+    """The document with each named part between its marks replaced."""
+    for name, text in generated.items():
+        start, stop = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = document.partition(start)
+        _, found, after = rest.partition(stop)
+        if not found:
+            sys.exit(f"{DOCUMENT.name} lacks the marks of {name!r}")
+        document = f"{before}{start}\n{text}\n{stop}{after}"
+    return document
+
+
+def stated() -> Iterator[str]:
+    """The settings of every defence, after what its model's docstring says of them."""
+    for name, settings in SETTINGS.items():
+        if settings is not None:
+            about = inspect.getdoc(type(settings)) or ""
+            yield f"**{name}.** {about}\n\n```json\n{json.dumps(settings_of(name), indent=1)}\n```"
+
+
+def published(read: dict[str, Any]) -> Iterator[str]:
+    """A table for each paper, its setting above."""
+    for paper in read["papers"]:
+        head = ("", *paper["columns"])
+        rows = [(name, *map(str, numbers)) for name, numbers in paper["rows"].items()]
+        text = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+        yield "\n".join([f"**{paper['title']}.** {paper['setting']}.", "", *text])
+
+
+if __name__ == "__main__":
+    main()

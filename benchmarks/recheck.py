@@ -1,0 +1,94 @@
+"""Measure a drawn cell of the committed evidence again, from the clean model on, and compare.
+
+    python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW
+
+A seed draws one attack that took and one rival. The implant is planted anew, CBPT and the rival defend it once more,
+and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread and of counting so
+many images, taken together. `--work` must be new: nothing that an earlier run made is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+from evidence import LINES, PLAN, committed
+
+from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
+from cbpt_guard.bench.plan import Cells, Places, Plan
+from cbpt_guard.bench.suite import run_suite
+from cbpt_guard.bench.table import CEILING, OURS, PAPER, UNTOUCHED
+from cbpt_guard.cli.machine import prepare_torch
+from cbpt_guard.metrics import standard_error
+
+SHOTS, DEVIATIONS = 16, 3
+COMPARED = ("ca", "asr", "pa")
+
+
+def main() -> None:
+    """Parse the command, measure, compare; exits 1 where the two disagree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--root", type=Path, action="append", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.work.exists():
+        sys.exit(f"{args.work} exists; what an earlier run made must not be used")
+    lines = committed()
+    implant, rival = drawn(lines, args.seed)
+    before = [line for line in lines if line.implant == implant and line.shots == SHOTS]
+    sys.stdout.write(f"seed {args.seed} draws {rival} against CBPT on {implant}\n")
+    plan = small_plan(Plan.read(PLAN), implant, rival)
+    out = args.work / "lines.jsonl"
+    start = partial(prepare_torch, args.threads)
+    run_suite(plan, Places(tuple(args.root), args.work), out, split="test", start=start, report=print)
+    again = read_lines(out)
+    same = [agree(name, [line for line in before if line.defense == name], again) for name in (OURS, rival)]
+    sys.exit(0 if all(same) else 1)
+
+
+def drawn(lines: Sequence[Line], seed: int) -> tuple[str, str]:
+    """An implant that took, and a rival that met it."""
+    counted = [line for line in lines if line.took and line.shots == SHOTS and line.attack not in (CONTROL, OFF)]
+    rivals = sorted(
+        {(line.implant, line.defense) for line in counted if line.defense not in (OURS, PAPER, CEILING, UNTOUCHED)}
+    )
+    if not rivals:
+        sys.exit(f"{LINES.name} holds no rival's line of an attack that took")
+    return random.Random(seed).choice(rivals)
+
+
+def small_plan(plan: Plan, implant: str, rival: str) -> Plan:
+    """The plan's own implant with two defences and one seed."""
+    cells = Cells(implants=(implant,), defenses=(OURS, rival), seeds=(0,), shots=(SHOTS,))
+    return plan.model_copy(update={"implants": {implant: plan.implants[implant]}, "cells": (cells,)})
+
+
+def agree(defense: str, before: Sequence[Line], again: Sequence[Line]) -> bool:
+    """Whether every compared share lies within the stated spread; prints each."""
+    (new,) = (line for line in again if line.defense == defense)
+    kept = True
+    for name in COMPARED:
+        shares = [getattr(line, name) for line in before]
+        counting = math.sqrt(2) * standard_error(mean(shares), new.images)
+        seeds = stdev(shares) if len(shares) > 1 else 0.0
+        spread = DEVIATIONS * math.hypot(seeds, counting)
+        found = getattr(new, name)
+        inside = abs(found - mean(shares)) <= spread
+        sys.stdout.write(
+            f"{defense} {name}: {100 * found:.1f} %, committed {100 * mean(shares):.1f} ± {100 * spread:.1f}"
+            f"{'' if inside else ': DISAGREES'}\n"
+        )
+        kept = kept and inside
+    return kept
+
+
+if __name__ == "__main__":
+    main()

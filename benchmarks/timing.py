@@ -1,0 +1,50 @@
+"""How the runtime's measurements are taken: interleaved runs, medians of ratios; memory and time in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Work = Callable[[], object]
+_PAUSE = 0.02  # a session's threads may spin for a moment after a run, and the other must not pay for that
+
+
+def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
+    """The median ratio of `ours` over `theirs`, run in turns, and the medians in milliseconds."""
+    times: dict[Work, list[float]] = {ours: [], theirs: []}
+    ours(), theirs()
+    for number in range(rounds):
+        for work in (ours, theirs) if number % 2 else (theirs, ours):
+            time.sleep(_PAUSE)
+            started = time.perf_counter()
+            work()
+            times[work].append(1000 * (time.perf_counter() - started))
+    ratios = [mine / other for mine, other in zip(times[ours], times[theirs], strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 4),
+        "ours_ms": round(statistics.median(times[ours]), 3),
+        "theirs_ms": round(statistics.median(times[theirs]), 3),
+        "rounds": rounds,
+    }
+
+
+def fresh(code: str, *arguments: object) -> float:
+    """The number that Python code prints in a process of its own; `sys.argv[1:]` are the arguments."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def in_turns(ours: str, theirs: str, arguments: tuple[object, ...], rounds: int, unit: str) -> dict[str, Any]:
+    """As `interleaved`, for two programs that print what they measured of themselves."""
+    pairs = [(fresh(ours, *arguments), fresh(theirs, *arguments)) for _ in range(rounds)]
+    return {
+        "ratio": round(statistics.median(mine / other for mine, other in pairs), 4),
+        f"ours_{unit}": round(statistics.median(pair[0] for pair in pairs), 3),
+        f"theirs_{unit}": round(statistics.median(pair[1] for pair in pairs), 3),
+        "rounds": rounds,
+    }

@@ -1,0 +1,93 @@
+"""Every trust test in its long form, and docs/trust.md from what they counted.
+
+    python benchmarks/trust.py measure      runs `pytest -m trust` (under 45 minutes on two cores), then writes the page
+    python benchmarks/trust.py page         rewrites docs/trust.md from benchmarks/trust.json
+
+A run that fails changes neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FIGURES, PAGE = HERE / "trust.json", HERE.parent / "docs" / "trust.md"
+_TOOLS = ("torch", "onnxruntime", "pillow", "safetensors", "picklescan", "hypothesis")
+_HEAD = """\
+# What the trust tests count
+
+Written by `python benchmarks/trust.py` from benchmarks/trust.json. What is promised stands in
+[security.md](security.md).
+{about}
+"""
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("measure", "page"))
+    if parser.parse_args().command == "measure":
+        measure()
+    PAGE.write_text(page(json.loads(FIGURES.read_text(encoding="utf-8"))), encoding="utf-8")
+    print(PAGE)
+
+
+def measure() -> None:
+    """Run the tests; figures are kept when all passed."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "trust.json"
+        command = [sys.executable, "-m", "pytest", "-m", "trust", "--figures", str(found)]
+        subprocess.run(command, cwd=HERE.parent, check=True)
+        figures = json.loads(found.read_text(encoding="utf-8"))
+    figures["about"] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _TOOLS},
+    }
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown page: a section for each part, its figures as one table, then its lists."""
+    about = found.get("about", {})
+    told = f"Last run: {about.pop('date')}, {about.pop('minutes')} minutes with " if about else ""
+    parts = [_HEAD.format(about=told + ", ".join(f"{name} {value}" for name, value in about.items()))]
+    for section in found.values():
+        if "title" not in section:
+            continue
+        parts.append(f"## {section['title']}\n")
+        rows = [[name, _shown(value)] for name, value in section["figures"].items()]
+        parts.append(_table(["counted", "value"], rows))
+        for title, (columns, *body) in section["tables"].items():
+            parts.append(f"{title}:\n\n{_table(columns, body)}")
+    return "\n".join(parts)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    shown = "".join(char if char.isprintable() else " " for char in text)
+    return shown.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    main()

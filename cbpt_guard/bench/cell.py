@@ -1,0 +1,231 @@
+"""One defence of one suspect, from the draw of its shots to its lines; a process of its own runs it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from cbpt_guard import __version__
+from cbpt_guard.bench import counting
+from cbpt_guard.bench.counting import Classify, FeatureStore, ImageSet
+from cbpt_guard.bench.defenses import DEFENSES
+from cbpt_guard.bench.lines import OFF, Key, Line, PairShares, Shares
+from cbpt_guard.bench.plan import Group, Places, Plan, Split
+from cbpt_guard.bench.task import Defended, Defense, Task
+from cbpt_guard.classifier import GuardedClassifier
+from cbpt_guard.defense.data import Listing, list_images, load_images
+from cbpt_guard.defense.head import Answer, Head
+from cbpt_guard.defense.job import tool_versions
+from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
+from cbpt_guard.defense.triggers import PlantedTrigger, Trigger
+from cbpt_guard.errors import InputError
+from cbpt_guard.export import export
+from cbpt_guard.files import write_text
+from cbpt_guard.images import Pixels
+
+_COST = "cost.json"
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What is defended: a checkpoint, the name that its features are kept under, and whether its attack took."""
+
+    checkpoint: Path
+    name: str
+    took: bool | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A group of the plan with all that its lines depend on; `planted` holds each implant's triggers."""
+
+    plan: Plan
+    group: Group
+    places: Places
+    suspect: Suspect
+    planted: dict[str, tuple[PlantedTrigger, ...]]
+    split: Split
+    device: str
+
+
+class _Cost(BaseModel):
+    """What a purified run took when it was made; a second defence that only reads the run reports the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: int
+
+
+@dataclass(frozen=True)
+class Off:
+    """A trigger that is switched off."""
+
+    image_size: int
+    kind: str = OFF
+
+    def apply(self, images: Pixels) -> Pixels:
+        """Copies of uint8 images (N, S, S, 3), unchanged."""
+        return images.copy()
+
+
+def defense_named(name: str) -> Defense:
+    """A defence of `DEFENSES`, or the one that `module:name` imports.
+
+    Raises:
+        InputError: there is none.
+    """
+    if ":" not in name and name not in DEFENSES:
+        raise InputError(f"{name!r} is no defence; known are {', '.join(DEFENSES)}, and your own as module:name")
+    try:
+        own: Defense = DEFENSES[name] if name in DEFENSES else resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"the defence {name!r} cannot be imported: {error}") from error
+    return own
+
+
+def measure(job: Job) -> list[Line]:
+    """Defend once, count every line of the group.
+
+    Raises:
+        InputError: images or names do not fit together.
+        CheckError: a classifier answers with numbers that are not finite.
+    """
+    plan, group = job.plan, job.group
+    dataset = plan.datasets[group.dataset]
+    everything = list_images(job.places.find(dataset.clean))
+    shots = everything.drawn(group.shots, group.seed)
+    task = _task(job, shots)
+    cost, defended = _defend(task, group.defense)
+    if job.split == "clean":
+        images = ImageSet(everything, shots, task.clip.preprocess)
+    else:
+        images = ImageSet(list_images(job.places.find(dataset.test)), None, task.clip.preprocess)
+    store = FeatureStore(job.places.work / "features", job.suspect.name)
+    before = counting.remembered(
+        counting.by_head(_zero_shot(task.original), lambda trigger: store.features(task.clip, images, trigger))
+    )
+    after = counting.remembered(_classifier(defended, task, images, store))
+    lines = []
+    for key in plan.keys(group, job.split):
+        planted = job.planted[key.implant]
+        shown = tuple(PlantedTrigger(_off(p.trigger), p.target) for p in planted) if key.attack == OFF else planted
+        pairs = counting.shares(after, shown, images)
+        undefended = counting.mean(counting.shares(before, shown, images))
+        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended.verdict, cost))
+    return lines
+
+
+def _task(job: Job, shots: Listing) -> Task:
+    group = job.group
+    folder = job.places.work / "cells" / job.suspect.name / f"seed{group.seed}-shots{group.shots}"
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / "shots.csv"
+    with listing.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "label"))
+        pairs = zip(shots.classes, shots.files, strict=True)
+        rows.writerows((path.absolute(), name) for name, files in pairs for path in files)
+    opened = open_suspect(job.suspect.checkpoint, ModelFlags(), shots, job.plan.template, job.device)
+    return Task(
+        clip=opened.clip,
+        original=zero_shot_head(opened.clip, shots.classes, job.plan.template),
+        shots=load_images(shots, opened.clip.preprocess),
+        checkpoint=job.suspect.checkpoint,
+        listing=listing,
+        template=job.plan.template,
+        seed=group.seed,
+        folder=folder,
+        planted=tuple(pair for name in group.implants for pair in job.planted[name]),
+    )
+
+
+def _defend(task: Task, name: str) -> tuple[_Cost, Defended]:
+    """Run the defence; peak memory is this process's, which has done nothing else so far."""
+    defense, started, worked = defense_named(name), time.perf_counter(), _cpu_seconds()
+    defended = defense(task)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    cost = _Cost(
+        seconds=round(time.perf_counter() - started, 2),
+        cpu_seconds=round(_cpu_seconds() - worked, 2),
+        peak_mb=peak,
+    )
+    if defended.run is None:
+        return cost, defended
+    kept = defended.run.parent / f"{defended.run.stem}-{_COST}"  # one for `NAME` and for `NAME.RULE`
+    if kept.exists():
+        return _Cost.model_validate_json(kept.read_bytes()), defended
+    write_text(kept, cost.model_dump_json())
+    return cost, defended
+
+
+def _cpu_seconds() -> float:
+    """What this process and its finished children have computed so far, on all cores."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _classifier(defended: Defended, task: Task, images: ImageSet, store: FeatureStore) -> Classify:
+    """What ships is counted: a bundle where the defence leaves a run, else its head over its own encoder."""
+    if defended.run is not None:
+        bundle = export(defended.run, task.folder / f"{defended.run.name}-bundle", allow_unguarded=True, force=True)
+        return counting.by_bundle(GuardedClassifier.load(bundle), images)
+    if defended.clip is task.clip:
+        return counting.by_head(defended.answer, lambda trigger: store.features(task.clip, images, trigger))
+    return counting.by_head(defended.answer, lambda trigger: counting.encoded(defended.clip, images, trigger))
+
+
+def _zero_shot(head: Head) -> Callable[[Tensor], Answer]:
+    """The undefended classifier, which no defence has touched."""
+
+    def answer(features: Tensor) -> Answer:
+        logits = head.logits(features)
+        return Answer(logits, torch.zeros(len(features), dtype=torch.bool), logits)
+
+    return answer
+
+
+def _off(trigger: Trigger) -> Trigger:
+    return cast(Trigger, Off(trigger.image_size))
+
+
+def _line(
+    job: Job, key: Key, pairs: list[PairShares], undefended: Shares, images: int, verdict: str | None, cost: _Cost
+) -> Line:
+    return Line(
+        **key._asdict(),
+        **counting.mean(pairs).model_dump(),
+        target="+".join(pair.target for pair in pairs),
+        dataset=job.group.dataset,
+        took=job.suspect.took,
+        images=images,
+        asr_worst=max(pair.asr for pair in pairs),
+        pairs=tuple(pairs) if len(pairs) > 1 else (),
+        undefended=undefended,
+        verdict=verdict,
+        seconds=cost.seconds,
+        cpu_seconds=cost.cpu_seconds,
+        peak_mb=cost.peak_mb,
+        settings=job.plan.settings(key),
+        versions={"cbpt_guard": __version__, **tool_versions()},
+        machine=_machine(job.device),
+    )
+
+
+def _machine(device: str) -> str:
+    """The class of the machine, and where torch computed."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, {name}"

@@ -1,0 +1,165 @@
+"""Lines of evidence: one JSON object for each attack x defence x seed, appended whole and read back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cbpt_guard.errors import InputError, SetupError
+
+CONTROL, OFF = "none", "off"
+"""Names that stand for an attack: the triggers on the clean model, and the suspect with its triggers switched off."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Shares(_Frozen):
+    """Shares in [0, 1] of one (trigger, target) pair, or their mean over several; see `cbpt_guard.metrics`.
+
+    `false_positives` is the share of *clean* images of other classes that are answered as the target: what ASR comes
+    to when no trigger works.
+    """
+
+    ca: float
+    asr: float
+    pa: float
+    max_share: float
+    target_recall: float
+    false_positives: float
+    flag_clean: float
+    flag_triggered: float
+
+
+class PairShares(Shares):
+    """The shares of one (trigger, target) pair of an implant that has several."""
+
+    trigger: str
+    target: str
+
+
+class Key(NamedTuple):
+    """What makes a line this line and no other."""
+
+    split: str
+    implant: str
+    attack: str
+    defense: str
+    seed: int
+    shots: int
+
+
+class Line(Shares):
+    """One cell of the evidence.
+
+    Attributes:
+        attack: the planted attacks; `none`: their triggers on the clean model; `off`: the implant, triggers off.
+        implant: the plan's name of the implant whose triggers and targets are counted.
+        target: the class, or classes, that the attacker wants.
+        took: whether the implant counts as an attack; None where the clean model was counted.
+        split: `clean` (the images that were not drawn as shots) or `test`.
+        images: how many images were counted.
+        asr_worst: the highest ASR of the pairs; `asr` and the other shares are means over the pairs.
+        pairs: each pair's own shares, where there are several.
+        undefended: the zero-shot classifier's shares on the same images.
+        verdict: what the defence says of itself.
+        seconds: what the defence took on the clock; counting is not part of it.
+        cpu_seconds: the same in processor time, which other work on the machine lengthens less.
+        peak_mb: highest resident memory of the defence's own process, in MiB.
+        settings: digest of all that the line depends on.
+        versions: of the libraries whose arithmetic it depends on.
+        machine: its class.
+    """
+
+    attack: str
+    defense: str
+    seed: int
+    target: str
+    dataset: str
+    implant: str
+    took: bool | None
+    split: str
+    shots: int
+    images: int
+    asr_worst: float
+    pairs: tuple[PairShares, ...]
+    undefended: Shares
+    verdict: str | None
+    seconds: float
+    cpu_seconds: float
+    peak_mb: int
+    settings: str
+    versions: dict[str, str]
+    machine: str
+
+    @property
+    def key(self) -> Key:
+        """What makes it this line."""
+        return Key(self.split, self.implant, self.attack, self.defense, self.seed, self.shots)
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a file, none where there is no file; the last of equal keys stands, at its own place.
+
+    A last line without its end was torn by a crash and is left out.
+
+    Raises:
+        InputError: the file cannot be read, or holds a line that is none of ours.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    whole = content[: content.rfind(b"\n") + 1].splitlines()
+    lines = [_parsed(text, f"{path} line {number}") for number, text in enumerate(whole, 1)]
+    last = {line.key: number for number, line in enumerate(lines)}
+    return [line for number, line in enumerate(lines) if last[line.key] == number]
+
+
+class Appender:
+    """Appends whole lines to a file that it holds locked."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __call__(self, lines: Iterable[Line]) -> None:
+        """Write the lines in one piece and see them onto the disk."""
+        self._file.write("".join(line.model_dump_json() + "\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Appender]:
+    """Open a file of lines for appending; a torn last line is cut off first.
+
+    Raises:
+        SetupError: another command appends to it, or the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            yield Appender(file)
+    except BlockingIOError as error:
+        raise SetupError(f"another command appends to {path}; wait for it or pass another `--out`") from error
+    except OSError as error:
+        raise SetupError(f"writing {path} failed: {error.strerror}") from error
+
+
+def _parsed(text: bytes, where: str) -> Line:
+    try:
+        return Line.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "JSON"
+        raise InputError(f"{where} is no line of evidence: {name}: {first['msg']}") from error

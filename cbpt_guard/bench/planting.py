@@ -1,0 +1,138 @@
+"""From a clean CLIP on disk to a folder that holds a poisoned one, its triggers and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cbpt_guard import __version__
+from cbpt_guard.bench.attacks import Attacker, attack_named, poison, recipe
+from cbpt_guard.bench.digits import write_suspect
+from cbpt_guard.bench.implant import Implanted, ImplantReport, ImplantSettings, Poison, implant_all
+from cbpt_guard.defense.data import Listing, load_images
+from cbpt_guard.defense.job import tool_versions
+from cbpt_guard.defense.progress import Progress, silent
+from cbpt_guard.defense.suspect import ModelFlags, open_suspect
+from cbpt_guard.defense.triggers import save_trigger
+from cbpt_guard.errors import InputError
+from cbpt_guard.files import staged, write_text
+
+RECORD = "implant.json"
+_HELD_OUT = 0.1
+_MOST_COUNTED = 1000  # images on which a report counts
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is planted: attacks by name with the class that each aims at, in the CLIP `model`.
+
+    Without `held_out` a tenth of each class's images is kept from training, and the report counts on it. `changes`
+    are settings that differ from the attacks' own.
+    """
+
+    model: Path
+    attacks: Mapping[str, str]
+    train: Listing
+    held_out: Listing | None = None
+    seed: int = 0
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    template: str = "a photo of a {}."
+    device: str = "cpu"
+    flags: ModelFlags = field(default_factory=ModelFlags)
+
+
+class ImplantRecord(BaseModel):
+    """`implant.json`: how a folder was made and what was measured when it was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    took: bool
+    attacks: dict[str, str]
+    seed: int
+    source_sha256: str
+    recipe: ImplantSettings
+    reports: tuple[ImplantReport, ...]
+    versions: dict[str, str]
+
+
+def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Progress = silent) -> ImplantRecord:
+    """Plant what is ordered and write `suspect.pt`, its config, the triggers and `implant.json` into `out`.
+
+    One trigger lies in `out` itself; of several each has a sub-folder with its attack's name.
+
+    Raises:
+        InputError: `out` exists and `force` is off, an attack or a target is unknown, or the images do not fit.
+        SetupError: the disk refuses, or another process plants the same.
+        CheckpointError: the model is malformed.
+    """
+    targets = {name: _index(order.train.classes, target) for name, target in order.attacks.items()}
+    for name in targets:
+        attack_named(name)
+    with staged(out, force=force) as folder:
+        train, held_out = order.train, order.held_out
+        opened = open_suspect(order.model, order.flags, train, order.template, order.device)
+        if held_out is None:
+            train, held_out = _parted(train, order.seed)
+        held_out = held_out.drawn(max(1, _MOST_COUNTED // len(held_out.classes)), order.seed)
+        settings = recipe(opened.clip, tuple(order.attacks), order.changes)
+        train = _fewer(train, settings.images, set(order.attacks.values()), order.seed)
+        images, unseen = (load_images(part, opened.clip.preprocess, progress=progress) for part in (train, held_out))
+        poisons = {
+            name: poison(name, Attacker(opened.clip, images, target, order.seed, order.template, progress))
+            for name, target in targets.items()
+        }
+        made = implant_all(
+            opened.clip,
+            images,
+            unseen,
+            tuple(poisons.values()),
+            seed=order.seed,
+            settings=settings,
+            template=order.template,
+            progress=progress,
+        )
+        _write(made, poisons, images.classes, folder)
+        record = ImplantRecord(
+            took=made.took,
+            attacks=dict(order.attacks),
+            seed=order.seed,
+            source_sha256=opened.record.source_sha256,
+            recipe=settings,
+            reports=made.reports,
+            versions={"cbpt_guard": __version__, **tool_versions()},
+        )
+        write_text(folder / RECORD, record.model_dump_json(indent=1))
+    return record
+
+
+def _write(made: Implanted, poisons: Mapping[str, Poison], classes: tuple[str, ...], folder: Path) -> None:
+    write_suspect(made.clip, folder)
+    for name, one in poisons.items():
+        place = folder if len(poisons) == 1 else folder / name.replace(":", "-")
+        place.mkdir(exist_ok=True)
+        save_trigger(one.trigger, classes[one.target], place)
+
+
+def _index(classes: tuple[str, ...], target: str) -> int:
+    if target not in classes:
+        raise InputError(f"the images show no class {target!r}; they have {', '.join(classes[:10])} ...")
+    return classes.index(target)
+
+
+def _fewer(listing: Listing, count: int | None, targets: Collection[str], seed: int) -> Listing:
+    """At most `count` files of each class, all of the targets': clean-label carriers are few enough."""
+    pairs = zip(listing.classes, listing.files, listing.drawn(count, seed).files, strict=True)
+    return Listing(listing.classes, tuple(files if name in targets else few for name, files, few in pairs))
+
+
+def _parted(listing: Listing, seed: int) -> tuple[Listing, Listing]:
+    """What is trained on, and as many images of each class as a tenth of the smallest class."""
+    fewest = min(len(files) for files in listing.files if files)
+    held = listing.drawn(max(1, round(_HELD_OUT * fewest)), seed)
+    pairs = zip(listing.files, held.files, strict=True)
+    kept = tuple(tuple(path for path in files if path not in set(part)) for files, part in pairs)
+    return Listing(listing.classes, kept), held

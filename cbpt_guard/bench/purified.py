@@ -1,0 +1,89 @@
+"""CBPT, by either rule: one purified run of the suspect, and the same run as the paper's rule answers."""
+
+from __future__ import annotations
+
+import shutil
+
+from cbpt_guard.bench.settings import CBPT
+from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.purify import purify
+from cbpt_guard.defense.record import RunMetrics, RunRecord
+from cbpt_guard.defense.run import HEADS, METRICS, RECORD, PurifyRun
+from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.verdict import judge
+from cbpt_guard.errors import CheckError
+from cbpt_guard.files import staged, write_text
+
+_RUN = "purified"
+_PROMPTS = "purified.prompts"
+
+
+def cbpt(task: Task, settings: Settings = CBPT) -> Defended:
+    """CBPT with the switch."""
+    return _defended(task, _purified(task, settings))
+
+
+def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
+    """CBPT as the paper has it, every image answered from the tuned prompts; of the same run and epoch as `cbpt`."""
+    return _defended(task, _by_prompts(task, _purified(task, settings)))
+
+
+def _purified(task: Task, settings: Settings) -> PurifyRun:
+    """The task's run, made by whichever of the two defences comes first."""
+    path = task.folder / _RUN
+    if path.exists():
+        return PurifyRun.open(path)
+    return purify(
+        task.checkpoint,
+        task.listing,
+        out=path,
+        template=task.template,
+        settings=settings,
+        seed=task.seed,
+        device=str(task.clip.device),
+        progress=task.progress,
+    )
+
+
+def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:
+    """A copy of the run whose stored rule is `prompts`, measured and judged by that rule."""
+    path = task.folder / _PROMPTS
+    if not path.exists():
+        with staged(path) as folder:
+            shutil.copytree(run.path, folder, dirs_exist_ok=True)
+            run.head().with_rule("prompts").save(folder / HEADS)
+            metrics = _after_prompts(run.metrics)
+            write_text(folder / METRICS, metrics.model_dump_json(indent=1))
+            write_text(folder / RECORD, _record(run.record, metrics).model_dump_json(indent=1))
+    return PurifyRun.open(path)
+
+
+def _after_prompts(metrics: RunMetrics) -> RunMetrics:
+    """What the run measured of the prompts, as what comes after."""
+    triggers = (
+        one.model_copy(update={"asr_after": one.asr_prompts, "pa_after": one.pa_prompts}) for one in metrics.triggers
+    )
+    classes = (one.model_copy(update={"after": one.after_prompts}) for one in metrics.classes)
+    changed = {"clean_accuracy_after": metrics.clean_accuracy_prompts, "triggers": tuple(triggers)}
+    return metrics.model_copy(update=changed | {"classes": tuple(classes)})
+
+
+def _record(record: RunRecord, metrics: RunMetrics) -> RunRecord:
+    settings = Settings.model_validate(record.settings)
+    rule = settings.rule.model_copy(update={"name": "prompts"})
+    least = metrics.clean_accuracy_before - settings.tuning.accuracy_slack
+    suspects = [suspect.label for suspect in record.suspects]
+    keeps = metrics.clean_accuracy_after >= least
+    verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps)
+    stored = settings.model_copy(update={"rule": rule}).model_dump(mode="json")
+    return record.model_copy(update={"rule": "prompts", "settings": stored, "verdict": verdict})
+
+
+def _defended(task: Task, run: PurifyRun) -> Defended:
+    head: GuardedHead = run.head()
+    if head.classes != task.shots.classes:
+        raise CheckError(
+            f"{run.path} has other classes than the task: {head.classes[:3]}, not {task.shots.classes[:3]}"
+        )
+    return Defended(task.clip, head.answer, run.record.verdict.name, run.path)

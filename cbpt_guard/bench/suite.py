@@ -1,0 +1,162 @@
+"""The suite: every group of a plan that has no lines yet is measured in a process of its own, line after line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+from cbpt_guard.bench.lines import Line, appending, read_lines
+from cbpt_guard.bench.plan import Group, Places, Plan, Split
+from cbpt_guard.errors import CbptGuardError, InputError, SetupError
+
+READS = "test-reads.jsonl"
+Result = TypeVar("Result")
+Report = Callable[[str], None]
+
+
+def nothing() -> None:
+    """Prepare nothing."""
+
+
+def silent(message: str) -> None:
+    """Report nothing."""
+
+
+def run_suite(
+    plan: Plan,
+    places: Places,
+    out: Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    only: Sequence[str] = (),
+    split: Split = "clean",
+    device: str = "cpu",
+    start: Callable[[], None] = nothing,
+    report: Report = silent,
+) -> int:
+    """Measure what `out` lacks, and append it line by line; returns how many lines were added.
+
+    Args:
+        plan: what is to be measured.
+        places: where its paths and the cache lie.
+        out: the lines; an interrupted suite goes on where it was.
+        shard: (i, n), the part of the plan to measure; no two parts need the same implant.
+        only: the suspects to measure; none named means all.
+        split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
+        device: where torch computes.
+        start: called first in every process that measures, such as to set its threads; it must be picklable.
+        report: is told, in words, what is done next.
+
+    Raises:
+        CbptGuardError: as the defence or the counting raises it.
+        SetupError: a process died, or another command appends to `out`.
+    """
+    groups = missing(plan, chosen(plan.shard(*shard), only), out, split)
+    added = 0
+    with appending(out) as append:
+        if split == "test" and groups:
+            log_read(out.with_name(READS), plan)
+        for number, group in enumerate(groups, 1):
+            for name in group.implants:
+                alone(_plant, (plan, name, places, device), start)
+            what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
+            report(f"{number} of {len(groups)}: {what}")
+            lines = alone(_measure, (plan, group, places, split, device), start)
+            append(lines)
+            added += len(lines)
+    return added
+
+
+def chosen(groups: Sequence[Group], only: Sequence[str]) -> list[Group]:
+    """The groups of some suspects; `InputError` where one is unknown."""
+    known = list(dict.fromkeys(group.unit for group in groups))
+    for name in only:
+        if name not in known:
+            raise InputError(f"{name!r} is no suspect of this plan or part; they are {', '.join(known)}")
+    return [group for group in groups if not only or group.unit in only]
+
+
+def missing(plan: Plan, groups: Sequence[Group], out: Path, split: Split) -> list[Group]:
+    """The groups of which `out` lacks a line, or has it from other settings."""
+    done = {(line.key, line.settings) for line in read_lines(out)}
+    asked = {group: {(key, plan.settings(key)) for key in plan.keys(group, split)} for group in groups}
+    return [group for group in groups if not asked[group] <= done and (split == "test" or not group.final_only)]
+
+
+def log_read(path: Path, plan: Plan) -> None:
+    """Write down that the test images are read now, and by which plan."""
+    line = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "split": "test", "plan": plan.digest}
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written, so the test images are not read: {error.strerror}") from error
+
+
+def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Callable[[], None]) -> Result:
+    """The result of `work` in a fresh process, so that its peak memory is its own.
+
+    Raises:
+        CbptGuardError: as `work` raises it.
+        SetupError: the process died.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answering, args=(theirs, work, arguments, start))
+    process.start()
+    theirs.close()
+    try:
+        result: Result | CbptGuardError = ours.recv()
+    except EOFError as error:
+        process.join()
+        raise SetupError(
+            f"a process of the suite ended with {process.exitcode} before it answered; its messages stand above, "
+            "and where there are none the system killed it, most likely for memory"
+        ) from error
+    finally:
+        ours.close()
+        process.terminate()  # does nothing to one that has answered
+        process.join()
+    if isinstance(result, CbptGuardError):
+        raise result
+    return result
+
+
+def _answering(
+    answer: Connection, work: Callable[..., object], arguments: tuple[object, ...], start: Callable[[], None]
+) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start()
+    try:
+        result = work(*arguments)
+    except CbptGuardError as error:
+        result = error
+    answer.send(result)
+
+
+def _end_with_parent() -> None:
+    """A killed suite must not leave a process behind that goes on writing to its folders."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _plant(plan: Plan, name: str, places: Places, device: str) -> None:
+    from cbpt_guard.bench.suspects import plant  # here, so that the parent process loads no torch
+
+    plant(plan, name, places, device)
+
+
+def _measure(plan: Plan, group: Group, places: Places, split: Split, device: str) -> list[Line]:
+    from cbpt_guard.bench.cell import measure
+    from cbpt_guard.bench.suspects import provide
+
+    return measure(provide(plan, group, places, split, device))

@@ -1,0 +1,81 @@
+"""What the suite defends: implants, planted once and kept, and the clean models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cbpt_guard.bench.cell import Job, Suspect
+from cbpt_guard.bench.plan import Group, Implant, Places, Plan, Split, digest
+from cbpt_guard.bench.planting import RECORD, Order, plant_folder
+from cbpt_guard.defense.data import list_images
+from cbpt_guard.defense.triggers import JSON_NAME, PlantedTrigger, load_trigger
+from cbpt_guard.errors import InputError
+
+_SHORT = 12
+
+
+def plant(plan: Plan, name: str, places: Places, device: str) -> None:
+    """Plant an implant of the plan, unless it was taken from elsewhere or lies in the work folder already.
+
+    Raises:
+        InputError: an attack or a target is unknown, or the images do not fit.
+        SetupError: the disk refuses, or another process plants the same.
+    """
+    implant = plan.implants[name]
+    folder = implant_folder(plan, name, places)
+    if implant.folder is None and not folder.exists():
+        dataset = plan.datasets[implant.dataset]
+        order = Order(
+            model=places.find(dataset.model),
+            attacks=implant.attacks,
+            train=list_images(places.find(dataset.train)),
+            held_out=list_images(places.find(dataset.clean)),
+            seed=implant.seed,
+            changes=implant.recipe,
+            template=plan.template,
+            device=device,
+        )
+        plant_folder(order, folder)
+
+
+def provide(plan: Plan, group: Group, places: Places, counted: Split, device: str) -> Job:
+    """A group with its suspect and its triggers, read from disk.
+
+    Raises:
+        InputError: an implant's files are malformed, or its triggers aim elsewhere than the plan says.
+    """
+    planted = {
+        name: planted_triggers(plan.implants[name], implant_folder(plan, name, places)) for name in group.implants
+    }
+    return Job(plan, group, places, _suspect(plan, group, places), planted, counted, device)
+
+
+def implant_folder(plan: Plan, name: str, places: Places) -> Path:
+    """Where an implant lies: in the work folder under its recipe's digest, or where the plan says."""
+    implant = plan.implants[name]
+    if implant.folder is not None:
+        return places.find(implant.folder)
+    about = (implant.model_dump(mode="json"), plan.datasets[implant.dataset].model_dump(mode="json"))
+    return places.work / "implants" / f"{name}-{digest(about)[:_SHORT]}"
+
+
+def planted_triggers(implant: Implant, folder: Path) -> tuple[PlantedTrigger, ...]:
+    """The triggers of an implant's folder: its own, and one of each sub-folder."""
+    files = sorted(folder.rglob(JSON_NAME), key=lambda path: (len(path.parts), path))
+    found = tuple(load_trigger(path) for path in files)
+    targets = sorted(pair.target for pair in found)
+    if targets != sorted(implant.attacks.values()):
+        raise InputError(f"{folder} holds triggers toward {targets}, the plan says {sorted(implant.attacks.values())}")
+    return found
+
+
+def _suspect(plan: Plan, group: Group, places: Places) -> Suspect:
+    if group.control:
+        dataset = plan.datasets[group.dataset]
+        name = f"clean-{group.dataset}-{digest(dataset.model_dump(mode='json'))[:_SHORT]}"
+        return Suspect(places.find(dataset.model), name, None)
+    folder = implant_folder(plan, group.suspect, places)
+    record = folder / RECORD
+    took = json.loads(record.read_text(encoding="utf-8")).get("took") if record.exists() else None
+    return Suspect(folder / "suspect.pt", folder.name, took)

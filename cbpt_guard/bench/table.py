@@ -1,0 +1,184 @@
+"""Lines become Markdown: one row for each attack and defence, mean and spread over seeds; nothing is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import mean, median, stdev
+from typing import NamedTuple
+
+from cbpt_guard.bench.lines import CONTROL, OFF, Line
+
+OURS, PAPER, CEILING, UNTOUCHED = "cbpt", "cbpt-prompts", "oracle", "none"
+COLUMNS = {
+    "CA": "ca",
+    "ASR": "asr",
+    "PA": "pa",
+    "largest share": "max_share",
+    "target's recall": "target_recall",
+}
+BETTER = {"CA": 1, "ASR": -1, "PA": 1, "target's recall": 1}
+"""Columns in which a rival can win, and which way: the largest share has no better side of its own."""
+_DIGITS = 1
+
+
+class Row(NamedTuple):
+    """Where the lines of several seeds meet: one data set, implant, attack, number of shots and defence."""
+
+    dataset: str
+    implant: str
+    attack: str
+    shots: int
+    defense: str
+
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """The same without the defence: rows that may be compared."""
+        return self[:4]
+
+
+Rows = dict[Row, list[Line]]
+
+
+def rows(lines: Iterable[Line]) -> Rows:
+    """Lines by row: data sets, implants and defences in the order in which each first appears.
+
+    Lines with the triggers off are left out; those of one row are ordered by seed, whatever file they came from.
+    """
+    counted = [line for line in lines if line.attack != OFF]
+    found: Rows = {}
+    for line in sorted(counted, key=lambda line: line.seed):
+        row = Row(line.dataset, line.implant, line.attack, line.shots, line.defense)
+        found.setdefault(row, []).append(line)
+    orders = [list(dict.fromkeys(getattr(line, name) for line in counted)) for name in Row._fields]
+    return dict(sorted(found.items(), key=lambda item: [o.index(v) for o, v in zip(orders, item[0], strict=True)]))
+
+
+def percents(lines: Sequence[Line], column: str) -> float:
+    """Mean over seeds, in %, as it is shown: what cannot be seen is no difference."""
+    shares: list[float] = [getattr(line, COLUMNS[column]) for line in lines]
+    return round(100 * mean(shares), _DIGITS)
+
+
+def wins(found: Rows, row: Row) -> list[str]:
+    """Columns in which a rival's row is better than CBPT's under the same attack."""
+    ours = found.get(row._replace(defense=OURS))
+    if ours is None or row.defense in (OURS, PAPER, CEILING, UNTOUCHED) or row.attack == CONTROL:
+        return []
+    theirs = found[row]
+    return [name for name, sign in BETTER.items() if sign * (percents(theirs, name) - percents(ours, name)) > 0]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The whole of it: a table for each data set and number of shots, the controls, lost cells, sanity, cost."""
+    found = rows(lines)
+    if not found:
+        return "No line has been measured yet."
+    parts = [_heading(lines)]
+    for dataset, shots in dict.fromkeys((row.dataset, row.shots) for row in found):
+        here = {row: group for row, group in found.items() if (row.dataset, row.shots) == (dataset, shots)}
+        attacked = {row: group for row, group in here.items() if row.attack != CONTROL}
+        control = {row: group for row, group in here.items() if row.attack == CONTROL}
+        if attacked:
+            parts += [f"**{dataset}, {shots} shots a class**", _table(attacked, found)]
+        if control:
+            parts += [
+                f"**{dataset}, {shots} shots a class: the clean model under the same triggers**",
+                _table(control, found),
+            ]
+    parts += [_lost(found), _sanity(lines), _cost(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heading(lines: Sequence[Line]) -> str:
+    splits = " and ".join(f"`{name}`" for name in dict.fromkeys(line.split for line in lines))
+    return (
+        f"In %, on {splits} images ({', '.join(_counted(lines))}); the mean over seeds, and behind ± their standard "
+        "deviation. A number in **bold** is better than CBPT's in the same column."
+    )
+
+
+def _counted(lines: Sequence[Line]) -> Iterator[str]:
+    for dataset in dict.fromkeys(line.dataset for line in lines):
+        counts = sorted({line.images for line in lines if line.dataset == dataset})
+        yield f"{counts[0]} of {dataset}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} of {dataset}"
+
+
+def _table(shown: Rows, found: Rows) -> str:
+    head = ("attack", "target", "defence", "seeds", *COLUMNS, "flagged clean", "flagged triggered", "verdict")
+    text = [joined(head), joined(["---"] * len(head))]
+    return "\n".join(text + [joined(_cells(row, group, wins(found, row))) for row, group in shown.items()])
+
+
+def _cells(row: Row, group: Sequence[Line], won: Sequence[str]) -> Iterator[str]:
+    first = group[0]
+    # the control's rows are told apart by whose triggers they saw
+    yield row.implant + ("" if first.took is not False else " (did not take: not counted)")
+    yield first.target
+    yield row.defense
+    yield str(len(group))
+    for name, field in COLUMNS.items():
+        text = _spread([getattr(line, field) for line in group])
+        if name == "ASR" and first.pairs:
+            text += f" (worst pair {_spread([line.asr_worst for line in group])})"
+        yield f"**{text}**" if name in won else text
+    yield _spread([line.flag_clean for line in group])
+    yield _spread([line.flag_triggered for line in group])
+    yield ", ".join(dict.fromkeys(line.verdict or "-" for line in group))
+
+
+def _spread(shares: Sequence[float]) -> str:
+    text = f"{100 * mean(shares):.{_DIGITS}f}"
+    return text if len(shares) < 2 else f"{text} ± {100 * stdev(shares):.{_DIGITS}f}"
+
+
+def joined(cells: Iterable[str]) -> str:
+    """A row of Markdown."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def _lost(found: Rows) -> str:
+    """Every cell that CBPT loses to a rival, by name."""
+    if not any(row.defense == OURS for row in found):
+        return ""
+    text = [_losses(found, row) for row in found if wins(found, row)]
+    return "\n".join(["**Cells that CBPT loses to a rival**", "", *text]) if text else "CBPT loses no cell to a rival."
+
+
+def _losses(found: Rows, row: Row) -> str:
+    theirs, ours = found[row], found[row._replace(defense=OURS)]
+    numbers = [f"{n} {percents(theirs, n):.1f} against {percents(ours, n):.1f}" for n in wins(found, row)]
+    return f"- {row.implant}, {row.shots} shots, {row.defense}: {', '.join(numbers)}"
+
+
+def _sanity(lines: Sequence[Line]) -> str:
+    """The two checks that any count must pass."""
+    off = [line for line in lines if line.attack == OFF]
+    kept = sum(line.asr == line.false_positives for line in off)
+    untouched = [line for line in lines if line.defense == UNTOUCHED]
+    same = sum(all(getattr(line, name) == value for name, value in line.undefended) for line in untouched)
+    return (
+        "Sanity: with triggers switched off ASR equals the target's false-positive rate "
+        f"in {kept} of {len(off)} lines; the defence that touches nothing repeats the undefended "
+        f"shares exactly in {same} of {len(untouched)} lines."
+    )
+
+
+def _cost(found: Rows) -> str:
+    """What each defence took, over all its attacks."""
+    by_defense: dict[str, list[Line]] = {}
+    for row, group in found.items():
+        by_defense.setdefault(row.defense, []).extend(group)
+    head = ("defence", "seconds, median", "processor seconds, median", "most", "peak memory, MiB")
+    text = [joined(head), joined(["---"] * len(head))]
+    for name, group in by_defense.items():
+        clock, processor = (median(getattr(line, field) for line in group) for field in ("seconds", "cpu_seconds"))
+        most = max(line.cpu_seconds for line in group)
+        peak = max(line.peak_mb for line in group)
+        text.append(joined((name, f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak))))
+    machines = "; ".join(dict.fromkeys(line.machine for line in lines_of(found)))
+    return "\n".join(["**Cost**", "", *text, "", f"Machine: {machines}."])
+
+
+def lines_of(found: Rows) -> Iterator[Line]:
+    """All lines of all rows."""
+    return (line for group in found.values() for line in group)

@@ -1,0 +1,123 @@
+"""Warps: a smooth displacement of the pixels that adds nothing of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cbpt_guard.defense.trigger import TriggerParams, checked, example, rounded, write_picture
+from cbpt_guard.errors import InputError
+from cbpt_guard.images import Pixels
+
+_MOST_CONTROL = 16  # control points along a side
+_PART = 64  # images that are sampled at a time: float64 takes eight times their memory
+
+_Shift = Annotated[float, Field(allow_inf_nan=False)]
+_Shifts = Annotated[tuple[_Shift, ...], Field(min_length=4, max_length=_MOST_CONTROL**2, strict=False)]
+
+
+class _WarpParams(TriggerParams):
+    down: _Shifts
+    right: _Shifts
+
+
+@dataclass(frozen=True)
+class Warp:
+    """WaNet: every pixel shows what lies a little beside it (arXiv 2102.10369).
+
+    `down` and `right` say how far, in pixels, at k x k control points that span the image, row by row;
+    between them the displacement is bicubic and the image bilinear.
+    """
+
+    kind: ClassVar[str] = "warp"
+    image_size: int
+    down: tuple[float, ...] = field(repr=False)
+    right: tuple[float, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        k = math.isqrt(len(self.down))
+        if not (2 <= k <= _MOST_CONTROL and len(self.down) == len(self.right) == k * k):
+            found = f"{len(self.down)} values down and {len(self.right)} right"
+            raise InputError(f"a warp needs k x k control points, k from 2 to {_MOST_CONTROL}, not {found}")
+        if not all(abs(shift) <= self.image_size / 4 for shift in self.down + self.right):
+            raise InputError(f"a warp moves pixels by at most {self.image_size / 4:g}; {self}")
+
+    def __str__(self) -> str:
+        k = math.isqrt(len(self.down))
+        farthest = max(map(abs, self.down + self.right))
+        return (
+            f"warp of {self.image_size} x {self.image_size} by up to {farthest:.1f} pixels at {k} x {k} control points"
+        )
+
+    def apply(self, images: Pixels) -> Pixels:
+        """Copies of uint8 images (N, S, S, 3), warped.
+
+        Raises:
+            InputError: the images have another size or type.
+        """
+        warped = np.empty_like(checked(images, self.image_size))
+        flow = self.flow()
+        for start in range(0, len(images), _PART):
+            part = torch.from_numpy(images[start : start + _PART].astype(np.float64)).permute(0, 3, 1, 2)
+            grid = flow.expand(len(part), -1, -1, -1)
+            moved = F.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=True)
+            warped[start : start + _PART] = rounded(moved.permute(0, 2, 3, 1).numpy())
+        return warped
+
+    def flow(self) -> Tensor:
+        """Where each pixel is taken from, float64 (S, S, 2): column and row, -1 and 1 at the outermost pixels."""
+        k = math.isqrt(len(self.down))
+        control = torch.tensor([self.right, self.down], dtype=torch.float64).reshape(1, 2, k, k)
+        shifts = F.interpolate(control, (self.image_size, self.image_size), mode="bicubic", align_corners=True)[0]
+        along = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
+        rows, columns = torch.meshgrid(along, along, indexing="ij")
+        return torch.stack([columns, rows], 2) + shifts.permute(1, 2, 0) * 2 / (self.image_size - 1)
+
+    def picture(self) -> Pixels:
+        """An example, uint8 (S, S, 3)."""
+        return example(self)
+
+    def params(self) -> dict[str, Any]:
+        """The control points' displacements."""
+        return {"down": self.down, "right": self.right}
+
+    def write(self, folder: Path) -> None:
+        """Write the example."""
+        write_picture(self, folder)
+
+    @classmethod
+    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
+        """The warp of a `trigger.json`."""
+        return cls(image_size, **_WarpParams.model_validate(params).model_dump())
+
+
+def wanet(image_size: int, seed: int, *, strength: float = 1.0) -> Warp:
+    """WaNet's elastic warp, drawn once from `seed` (arXiv 2102.10369).
+
+    A control point moves by `strength` / 64 of the image on average: the paper's s at its 32 pixels, where it
+    takes 0.5. The outer points move along the border only, so that no pixel is taken from outside the image.
+
+    Args:
+        image_size: side S of the images, in pixels; it has S / 16 control points along a side, 4 to 8.
+        seed: of the displacements.
+        strength: of the warp.
+
+    Raises:
+        InputError: it is too strong for the image.
+    """
+    k = min(8, max(4, image_size // 16))
+    shifts = np.random.default_rng(seed).uniform(-1, 1, (2, k, k))
+    shifts *= strength * image_size / 64 / np.abs(shifts).mean()
+    down, right = shifts.round(3)  # thousandths of a pixel read well in a file
+    down[[0, -1]] = 0
+    right[:, [0, -1]] = 0
+    return Warp(image_size, tuple(down.ravel().tolist()), tuple(right.ravel().tolist()))

@@ -1,0 +1,215 @@
+"""Lines of evidence: appended whole, read back, and made into the table and the picture that the documents show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import assert_refused, blocking, cli, python
+from lines import line
+
+from cbpt_guard.bench.lines import Line, Shares, appending, read_lines
+from cbpt_guard.bench.plot import plot
+from cbpt_guard.bench.table import rows, table, wins
+from cbpt_guard.errors import InputError, SetupError
+
+OURS = [line(defense="cbpt", seed=seed, ca=0.50, asr=asr, pa=0.40) for seed, asr in enumerate((0.00, 0.01, 0.02))]
+RIVAL = line(defense="probe", ca=0.48, asr=0.30, pa=0.41)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.jsonl"
+    with appending(path) as append:
+        append([line(), *OURS])
+        append([RIVAL])
+    return path
+
+
+def cells(text: str, defense: str) -> list[str]:
+    """The cells of the one row of a defence."""
+    found = [row.strip("| ").split(" | ") for row in text.splitlines() if f"| {defense} |" in row]
+    return next(row for row in found if len(row) > 5)
+
+
+# lines
+
+
+def test_lines_come_back_as_they_were(file: Path) -> None:
+    assert read_lines(file) == [line(), *OURS, RIVAL]
+    assert len(file.read_text().splitlines()) == 5
+    assert read_lines(file.with_name("none.jsonl")) == []
+
+
+@pytest.mark.parametrize("kept", [1, 40, -1])
+def test_a_torn_last_line_is_left_out_and_cut_off(file: Path, kept: int) -> None:
+    whole, last = file.read_bytes(), (line(seed=9).model_dump_json() + "\n").encode()
+    file.write_bytes(whole + last[:kept])
+    assert read_lines(file) == [line(), *OURS, RIVAL]
+    with appending(file) as append:
+        append([line(seed=9)])
+    assert file.read_bytes() == whole + last
+
+
+def test_a_line_that_was_measured_again_stands_once(file: Path) -> None:
+    with appending(file) as append:
+        append([line(asr=0.8)])
+    assert read_lines(file) == [*OURS, RIVAL, line(asr=0.8)]
+
+
+def test_two_commands_cannot_append_at_once(file: Path) -> None:
+    with appending(file), pytest.raises(SetupError, match="another command appends"), appending(file):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{}", "line 6 is no line of evidence"), ("null", "line 6"), ('{"ca": 1, "more": 2}', "line 6"), ("{", "JSON")],
+)
+def test_what_is_no_line_is_refused_by_its_number(file: Path, text: str, words: str) -> None:
+    file.write_bytes(file.read_bytes() + text.encode() + b"\n")
+    with pytest.raises(InputError, match=words):
+        read_lines(file)
+
+
+def test_a_share_that_is_no_number_is_no_line() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        line(asr=float("nan"))
+
+
+# the table
+
+
+def test_a_row_is_the_mean_and_the_spread_over_seeds() -> None:
+    text = table([line(), *OURS, RIVAL])
+    ours = cells(text, "cbpt")
+    assert ours[:9] == [
+        "badnet",
+        "three",
+        "cbpt",
+        "3",
+        "50.0 ± 0.0",
+        "1.0 ± 1.0",
+        "40.0 ± 0.0",
+        "90.0 ± 0.0",
+        "40.0 ± 0.0",
+    ]
+    assert cells(text, "none")[3:7] == ["1", "50.0", "90.0", "10.0"]
+    assert "on `clean` images (300 of digits)" in text
+
+
+def test_the_table_does_not_depend_on_the_order_of_seeds_and_files() -> None:
+    assert table([line(), *OURS, RIVAL]) == table([line(), *OURS[::-1], RIVAL])
+    assert cells(table([line(), RIVAL, *OURS]), "cbpt") == cells(table([line(), *OURS, RIVAL]), "cbpt")
+
+
+def test_a_cell_that_a_rival_wins_is_marked_and_named() -> None:
+    lines = [line(), *OURS, RIVAL]
+    text = table(lines)
+    assert cells(text, "probe")[4:7] == ["48.0", "30.0", "**41.0**"]
+    assert "- badnet, 16 shots, probe: PA 41.0 against 40.0" in text
+    found = rows(lines)
+    assert [wins(found, row) for row in found] == [[], [], ["PA"]]
+    better = rows([*OURS, line(defense="probe", ca=0.6, asr=0.0, pa=0.5, target_recall=0.5)])
+    assert wins(better, list(better)[1]) == ["CA", "ASR", "PA", "target's recall"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        line(defense="probe", ca=0.5, asr=0.0104, pa=0.4),  # no difference that is shown
+        line(defense="oracle", asr=0.0),
+        line(defense="cbpt-prompts", asr=0.0),
+        line(defense="none", asr=0.0),
+        line(defense="probe", asr=0.0, pa=0.9, attack="none", took=None),
+        line(defense="probe", asr=0.0, pa=0.9, shots=4),
+    ],
+    ids=["a tie", "the ceiling", "our own", "no defence", "the control", "other shots"],
+)
+def test_what_is_no_rival_wins_nothing(other: Line) -> None:
+    text = table([*OURS, other])
+    assert "**9" not in text
+    assert "CBPT loses no cell to a rival." in text
+
+
+def test_the_control_stands_in_a_table_of_its_own() -> None:
+    control = line(attack="none", took=None, ca=0.52, asr=0.002)
+    text = table([line(), control])
+    first, second = text.split("**digits, 16 shots a class: the clean model under the same triggers**")
+    assert cells(first, "none")[5] == "90.0"
+    assert cells(second, "none")[5] == "0.2"
+
+
+def test_an_attack_that_did_not_take_is_said_to_be_none() -> None:
+    assert cells(table([line(took=False)]), "none")[0] == "badnet (did not take: not counted)"
+
+
+def test_of_several_pairs_the_worst_is_shown_beside_the_mean() -> None:
+    pair = {**dict(line().undefended), "trigger": "a", "target": "one"}
+    several = line(asr=0.3, asr_worst=0.5, pairs=(pair, pair))
+    assert cells(table([several]), "none")[5] == "30.0 (worst pair 50.0)"
+
+
+def test_the_sanity_sentence_counts_what_holds() -> None:
+    same = Shares(**(dict(line().undefended) | {"asr": 0.01}))
+    off = line(attack="off", asr=0.01, undefended=same)
+    text = table([line(), off])
+    assert "false-positive rate in 1 of 1 lines" in text
+    assert "undefended shares exactly in 2 of 2 lines" in text
+    text = table([line(), line(seed=1, ca=0.51), off, line(attack="off", seed=1, asr=0.02, undefended=same)])
+    assert "false-positive rate in 1 of 2 lines" in text
+    assert "undefended shares exactly in 2 of 4 lines" in text
+
+
+def test_the_cost_is_told_per_defence() -> None:
+    text = table([*OURS, line(defense="cbpt", seed=3, seconds=100, cpu_seconds=200, peak_mb=900)])
+    assert "| cbpt | 2 | 2 | 200 | 900 |" in text
+
+
+def test_without_lines_nothing_is_claimed() -> None:
+    assert table([]) == "No line has been measured yet."
+
+
+def test_bench_table_prints_the_table_of_all_files(file: Path, tmp_path: Path) -> None:
+    with appending(tmp_path / "more.jsonl") as append:
+        append([line(defense="coop")])
+    result = cli("bench", "table", file, tmp_path / "more.jsonl")
+    assert (result.exit_code, result.stdout) == (0, table([line(), *OURS, RIVAL, line(defense="coop")]) + "\n")
+    assert_refused(cli("bench", "table", tmp_path / "none.jsonl"), "none.jsonl does not exist", "bench run")
+
+
+def test_a_table_needs_neither_torch_nor_matplotlib(file: Path, tmp_path: Path) -> None:
+    code = f"{blocking('torch', 'matplotlib', 'onnxruntime')}\nfrom cbpt_guard.cli import main\nmain()"
+    result = python(code, "bench", "table", file, cwd=tmp_path)
+    assert (result.returncode, "± 1.0" in result.stdout) == (0, True), result.stderr
+
+
+# the picture
+
+
+def test_the_picture_has_the_same_bytes_each_time_and_every_defence(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first = plot(read_lines(file), tmp_path / "a.svg").read_bytes()
+    assert plot(read_lines(file), tmp_path / "b.svg").read_bytes() == first
+    assert all(f">{name}</text>".encode() in first for name in ("none", "cbpt", "probe", "digits"))
+    moved = plot([line(), *OURS, RIVAL.model_copy(update={"asr": 0.6})], tmp_path / "c.svg").read_bytes()
+    assert moved != first
+
+
+def test_bench_plot_says_where_the_picture_is(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "picture.svg"
+    result = cli("bench", "plot", file, "--out", out)
+    assert (result.exit_code, result.stdout, out.exists()) == (0, f"{out}\n", True)
+    assert_refused(cli("bench", "plot", file, "--out", "picture.png"), "picture.png should end in .svg")
+
+
+def test_a_picture_without_an_attack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no line of an attack"):
+        plot([line(attack="none", took=None)], tmp_path / "a.svg")
+
+
+def test_a_missing_matplotlib_names_its_pip_line(file: Path, tmp_path: Path) -> None:
+    code = f"{blocking('matplotlib')}\nfrom cbpt_guard.cli import main\nmain()"
+    result = python(code, "bench", "plot", file, cwd=tmp_path)
+    assert_refused(result, "matplotlib", "pip install 'cbpt-guard[bench]'")

@@ -1,0 +1,104 @@
+"""The document says what the lines say, to the byte; and a cell measured again is held against them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from lines import line
+
+from cbpt_guard.bench.lines import CONTROL
+from cbpt_guard.bench.plan import Plan
+from cbpt_guard.bench.summary import summary
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+measured = pytest.mark.skipif(not any(BENCHMARKS.glob("evidence/*.jsonl")), reason="no evidence has been measured yet")
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[tuple[ModuleType, ModuleType]]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import evidence
+        import recheck
+
+        yield evidence, recheck
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@measured
+def test_document_and_picture_are_what_the_committed_lines_give() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "evidence.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_are_filled_between_their_marks(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    document = "a <!-- one -->\nold\n<!-- /one --> b <!-- two --><!-- /two --> c"
+    filled = evidence.filled(document, {"one": "1", "two": "2"})
+    assert filled == "a <!-- one -->\n1\n<!-- /one --> b <!-- two -->\n2\n<!-- /two --> c"
+    assert evidence.filled(filled, {"one": "1", "two": "2"}) == filled
+    with pytest.raises(SystemExit, match="'three'"):
+        evidence.filled(document, {"three": "3"})
+
+
+def test_a_summary_is_the_mean_over_attacks_of_the_means_over_seeds() -> None:
+    lines = [
+        line(defense="cbpt", implant="a", seed=0, asr=0.00, ca=0.50, max_share=0.1),
+        line(defense="cbpt", implant="a", seed=1, asr=0.02, ca=0.52, max_share=0.3),
+        line(defense="cbpt", implant="b", seed=0, asr=0.05, ca=0.60, max_share=0.1),
+        line(defense="cbpt", implant="weak", seed=0, asr=1.0, took=False),
+        line(defense="cbpt", implant="a", attack="off", seed=0, asr=1.0),
+        line(defense="cbpt", implant="a", attack=CONTROL, seed=0, asr=1.0, ca=0.7, took=None),
+    ]
+    assert "| cbpt | 2 | 55.5 | 3.0 | 5.0 | 10.0 | 20.0 | 40.0 | 70.0 |" in summary(lines)
+    assert summary([]) == "No attack has been measured yet."
+
+
+def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(
+    commands: tuple[ModuleType, ModuleType],
+) -> None:
+    _, recheck = commands
+    others = [line(defense=name) for name in ("none", "oracle", "cbpt", "cbpt-prompts")]
+    lines = [*others, line(defense="coop"), line(defense="probe"), line(defense="ft", implant="weak", took=False)]
+    draws = {recheck.drawn(lines, seed) for seed in range(20)}
+    assert draws == {("badnet", "coop"), ("badnet", "probe")}
+    assert recheck.drawn(lines, 3) == recheck.drawn(lines[::-1], 3)
+    with pytest.raises(SystemExit, match="no rival"):
+        recheck.drawn(others, 0)
+
+
+def test_the_small_plan_plants_the_same_implant(commands: tuple[ModuleType, ModuleType]) -> None:
+    _, recheck = commands
+    plan = Plan.read(recheck.PLAN)
+    small = recheck.small_plan(plan, "badnet", "coop")
+    assert [(group.suspect, group.defense, group.seed) for group in small.groups()] == [
+        ("badnet", "cbpt", 0),
+        ("badnet", "coop", 0),
+    ]
+    assert small.implants["badnet"] == plan.implants["badnet"]
+
+
+def test_agreement_is_judged_by_the_stated_spread(commands: tuple[ModuleType, ModuleType]) -> None:
+    _, recheck = commands
+    committed = [line(defense="cbpt", seed=seed, ca=ca) for seed, ca in enumerate((0.50, 0.52, 0.54))]
+    assert recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.56), line(defense="coop", ca=0)])
+    assert not recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.75)])
+    alone = [line(defense="cbpt", ca=0.52, images=10_000)]
+    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.53, images=10_000)])
+    assert not recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)])
+
+
+@measured
+def test_the_committed_lines_belong_to_the_committed_plan(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    plan = Plan.read(evidence.PLAN)
+    for found in evidence.committed():
+        assert found.settings == plan.settings(found.key), found.key

@@ -1,0 +1,208 @@
+"""A reduced precision passes the gate on its own ONNX file, or it is not written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from small_runs import CLASSES, TARGET, write_run
+
+from cbpt_guard import GuardedClassifier
+from cbpt_guard.bundle import open_bundle
+from cbpt_guard.defense.head import TriggerTest
+from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.errors import CheckError, InputError
+from cbpt_guard.export import export, gate, parity, precision, variants, verify, write
+from cbpt_guard.export.graph import to_onnx
+from cbpt_guard.export.parts import read_parts
+from cbpt_guard.export.precision import PRECISIONS, check_precisions
+from cbpt_guard.session import Session
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run in all three precisions."""
+    return export(tiny_run, tmp_path_factory.mktemp("precisions") / "bundle", precision=PRECISIONS)
+
+
+@pytest.fixture
+def traced(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the small run take its fp32 graph from the shelf instead of tracing it again."""
+    model = (bundle / "model.onnx").read_bytes()
+    monkeypatch.setattr(write, "to_onnx", lambda *_: model)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_run: Path) -> np.ndarray:
+    return np.load(tiny_run / "samples.npz")["images"]
+
+
+def test_every_precision_is_gated_on_its_own_file_and_served(bundle: Path, samples: np.ndarray, tiny_run: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    assert list(manifest.variants) == list(PRECISIONS)
+    parts = read_parts(PurifyRun.open(tiny_run))
+    sizes = {}
+    for name, variant in manifest.variants.items():
+        guard = GuardedClassifier.load(bundle, precision=name, threads=1)
+        session = Session((bundle / variant.file).read_bytes(), size=32, classes=len(CLASSES), threads=1)
+        answers = gate.answer_all(session, parts.images, parts.labels, parts.bank)
+        assert variant.gate == gate.measure_gate(answers, parts.labels).gate
+        assert variant.gate.found_trigger_asr == 0.0
+        assert np.array_equal(guard.run(samples).logits, answers.clean.logits)
+        sizes[name] = (bundle / variant.file).stat().st_size
+    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+    assert sizes["int8"] < 0.5 * sizes["fp32"]
+
+
+def test_the_manifest_says_how_each_agrees_with_fp32(bundle: Path, samples: np.ndarray) -> None:
+    manifest = open_bundle(bundle).manifest
+    full = GuardedClassifier.load(bundle, threads=1).run(samples)
+    assert (manifest.variants["fp32"].agreement, manifest.variants["fp32"].method) == (None, None)
+    for name in ("fp16", "int8"):
+        variant = manifest.variants[name]
+        found = GuardedClassifier.load(bundle, precision=name, threads=1).run(samples)
+        agreement = variant.agreement
+        assert agreement is not None
+        assert agreement.clean == (found.logits.argmax(1) == full.logits.argmax(1)).mean() >= agreement.least
+        assert agreement.triggered is not None
+        difference = np.abs(found.logits_original - full.logits_original).max()
+        assert agreement.max_logit_difference == pytest.approx(difference)
+        assert 0 < difference < 2
+        assert variant.parity is None
+        assert f"| `{name}` ({variant.method})" in (bundle / "README.md").read_text()
+    assert manifest.variants["int8"].method in ("int8 dynamic", "int8 static")
+
+
+def test_each_precision_has_its_own_self_test(bundle: Path, tmp_path: Path) -> None:
+    names = {name: variant.golden for name, variant in open_bundle(bundle).manifest.variants.items()}
+    assert names == {"fp32": "golden.npz", "fp16": "golden.fp16.npz", "int8": "golden.int8.npz"}
+    guard = GuardedClassifier.load(bundle, precision="int8", threads=1)
+    assert guard.self_test(variants_golden(bundle, "int8")) < 1e-3
+    assert guard.self_test(variants_golden(bundle, "fp32")) > 1e-2
+
+
+def variants_golden(bundle: Path, name: str) -> object:
+    from cbpt_guard.bundle import load_golden
+
+    manifest = open_bundle(bundle).manifest
+    return load_golden((bundle / manifest.variants[name].golden).read_bytes())
+
+
+def test_verify_looks_at_every_precision(bundle: Path, tiny_run: Path) -> None:
+    checks = {check.name for check in verify(bundle, deep=True, run=PurifyRun.open(tiny_run)).checks}
+    for file in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
+        assert {f"graph {file}", f"reference {file}", f"torch {file}"} <= checks
+    assert {"golden fp32", "golden fp16", "golden int8"} <= checks
+
+
+def test_fp16_keeps_norms_softmax_and_head_in_fp32(bundle: Path, samples: np.ndarray) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(bundle / "model.fp16.onnx"))
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kept = [node for node in model.graph.node if node.op_type in ("LayerNormalization", "Softmax", "ReduceL2")]
+    assert {types[node.input[0]] for node in kept} == {TensorProto.FLOAT}
+    assert {node.op_type for node in kept} == {"LayerNormalization", "Softmax", "ReduceL2"}
+    weights = [tensor for tensor in model.graph.initializer if "mlp" in tensor.name and "weight" in tensor.name]
+    assert {tensor.data_type for tensor in weights} <= {TensorProto.FLOAT16}
+    head = [
+        tensor for tensor in model.graph.initializer if list(tensor.dims) in ([32, len(CLASSES)], [len(CLASSES), 32])
+    ]
+    assert head
+    assert {tensor.data_type for tensor in head} == {TensorProto.FLOAT}
+    halves = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16]
+    assert sum(np.prod(tensor.dims) for tensor in halves) > 90_000
+    outputs = GuardedClassifier.load(bundle, precision="fp16", threads=1).run(samples)
+    assert np.abs(np.linalg.norm(outputs.embedding, axis=1) - 1).max() < 1e-6  # half precision alone gives 5e-4
+
+
+def test_the_head_of_an_int8_graph_is_untouched(bundle: Path, samples: np.ndarray, tiny_run: Path) -> None:
+    outputs = GuardedClassifier.load(bundle, precision="int8", threads=1).run(samples)
+    head = PurifyRun.open(tiny_run).head()
+    wanted = head.answer(torch.from_numpy(outputs.embedding))
+    assert np.abs(outputs.logits - wanted.logits.numpy()).max() < 1e-3
+    assert np.array_equal(outputs.triggered, wanted.triggered.numpy())
+
+
+def tight_run(folder: Path) -> Path:
+    """A run whose test catches every triggered image by a hair in fp32: any rounding lets some of them through."""
+    run = write_run(folder)
+    parts = read_parts(PurifyRun.open(run))
+    head, (trigger, *_) = parts.graph.head, parts.bank
+    images = gate.triggered(parts.images[parts.labels != TARGET], trigger)
+    distances = torch.from_numpy(parity.torch_outputs(parts.graph, images).embedding) @ head.test.directions[TARGET]
+    thresholds = head.test.thresholds.clone()
+    thresholds[TARGET] = distances.min() - 1e-4
+    replace(head, test=TriggerTest(head.test.directions, thresholds)).save(run / "heads.safetensors")
+    record = json.loads((run / "run.json").read_text())
+    record["suspects"][0]["threshold"] = thresholds[TARGET].item()
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def test_quantising_that_brings_the_backdoor_back_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tight_run(tmp_path / "run")
+    model = to_onnx(read_parts(PurifyRun.open(run)).graph, 32, 18)
+    monkeypatch.setattr(write, "to_onnx", lambda *_: model)
+    with pytest.raises(CheckError, match=r"int8 \w+ does not pass its gate: found-trigger ASR \d+\.\d%") as caught:
+        export(run, tmp_path / "bundle", precision=["fp32", "int8"])
+    assert "Leave out --precision int8" in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+    full = open_bundle(export(run, tmp_path / "bundle")).manifest.variants["fp32"]
+    assert full.gate.found_trigger_asr == 0.0
+    recorded = open_bundle(export(run, tmp_path / "other", precision=["int8"], allow_unguarded=True)).manifest
+    assert recorded.variants["int8"].gate.found_trigger_asr > 0.05
+    assert recorded.allow_unguarded
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_variant_that_answers_otherwise_is_refused_even_if_it_is_accurate(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "LEAST_AGREEMENT", 1.01)
+    with pytest.raises(CheckError, match=r"fp16 does not pass its gate: it answers 100\.0% of 40 held-out images"):
+        export(tiny_run, tmp_path / "bundle", precision=["fp16"])
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.usefixtures("traced")
+def test_lost_accuracy_counts_against_the_fp32_graph(
+    bundle: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph whose zero-shot head is as broken as its guarded one loses nothing against itself."""
+    model = onnx.load(bundle / "model.fp16.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16 and len(tensor.dims) > 1:
+            tensor.raw_data = bytes(len(tensor.raw_data))
+    monkeypatch.setattr(variants, "reduced", lambda *_: {"fp16": model.SerializeToString()})
+    with pytest.raises(CheckError, match=r"fp16 does not pass its gate: it loses \d+\.\d% of clean accuracy"):
+        export(tiny_run, tmp_path / "bundle", precision=["fp16"])
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_bundle_of_int8_alone_is_served_when_asked_for(tiny_run: Path, tmp_path: Path) -> None:
+    bundle = export(tiny_run, tmp_path / "bundle", precision=["int8"])
+    assert not (bundle / "model.onnx").exists()
+    assert (
+        GuardedClassifier.load(bundle, precision="int8", threads=1).manifest.variants["int8"].file == "model.int8.onnx"
+    )
+    with pytest.raises(InputError, match="no 'fp32' graph; it has int8"):
+        GuardedClassifier.load(bundle)
+
+
+def test_names(tiny_run: Path, tmp_path: Path) -> None:
+    assert check_precisions(["int8", "fp32", "int8"]) == ("fp32", "int8")
+    for wrong in (["fp8"], ["fp32", "int4"], []):
+        with pytest.raises(InputError, match="one or more of fp32, fp16, int8"):
+            export(tiny_run, tmp_path / "bundle", precision=wrong)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_graph_that_cannot_be_converted_says_so(samples: np.ndarray) -> None:
+    with pytest.raises(CheckError, match="cannot be converted to int8"):
+        precision.reduced(b"no graph", "int8", samples)

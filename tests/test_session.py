@@ -1,0 +1,117 @@
+"""What a process may do with a loaded graph, and what onnxruntime's builds and threads are told."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from tiny import LABELS, SIZE
+
+from cbpt_guard import GuardedClassifier
+from cbpt_guard.errors import SetupError
+from cbpt_guard.session import Session
+
+FORKED = """
+import os, sys
+import numpy as np
+from cbpt_guard import CbptGuardError, GuardedClassifier
+
+image = np.full((32, 32, 3), (0, 255, 0), np.uint8)
+guard = GuardedClassifier.load(sys.argv[1])
+if os.fork() == 0:
+    try:
+        print(guard.predict(image).label, flush=True)
+    except CbptGuardError as error:
+        print(type(error).__name__, error, flush=True)
+    print(GuardedClassifier.load(sys.argv[1]).predict(image).label, flush=True)
+    os._exit(0)
+os.wait()
+print(guard.predict(image).label)
+"""
+
+
+def test_use_after_a_fork_is_a_clear_error_and_loading_there_helps(pristine_bundle: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(pristine_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    said, again, parent = done.stdout.splitlines()
+    assert said.startswith("SetupError the graph was loaded in process ")
+    assert "load the bundle after forking" in said
+    assert (again, parent, done.stderr) == ("green", "green", "")
+
+
+def test_a_loaded_classifier_does_not_travel(pristine_bundle: Path) -> None:
+    guard = GuardedClassifier.load(pristine_bundle, threads=1)
+    for travel in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(SetupError, match="load the bundle in each process"):
+            travel(guard)
+
+
+def test_the_bytes_are_not_kept_beside_the_weights(pristine_bundle: Path) -> None:
+    """onnxruntime keeps them for a fallback; on a large model that is as much memory as the model."""
+    session = Session((pristine_bundle / "model.onnx").read_bytes(), size=SIZE, classes=len(LABELS))
+    assert session._session._model_bytes is None
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]:
+    """The options of every session that is created."""
+    seen: list[onnxruntime.SessionOptions] = []
+    real = onnxruntime.InferenceSession
+
+    def create(model: bytes, given: onnxruntime.SessionOptions, **others: object) -> object:
+        seen.append(given)
+        return real(model, given, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", create)
+    return seen
+
+
+def spinning(options: onnxruntime.SessionOptions) -> str:
+    return options.get_session_config_entry("session.intra_op.allow_spinning")
+
+
+def test_threads_spinning_and_arena_are_arguments(
+    pristine_bundle: Path, options: list[onnxruntime.SessionOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GuardedClassifier.load(pristine_bundle)
+    GuardedClassifier.load(pristine_bundle, threads=3, spin=True, arena=False)
+    default, chosen = options
+    assert (spinning(default), default.enable_cpu_mem_arena) == ("0", True)
+    assert (chosen.intra_op_num_threads, spinning(chosen), chosen.enable_cpu_mem_arena) == (3, "1", False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    GuardedClassifier.load(pristine_bundle)  # one of 64 processors: onnxruntime would start 64 threads
+    assert options[-1].intra_op_num_threads == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    GuardedClassifier.load(pristine_bundle)
+    assert options[-1].intra_op_num_threads == 0
+
+
+def test_a_smaller_batch_limit_changes_no_answer(pristine_bundle: Path) -> None:
+    images = list(np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8))
+    few, many = (GuardedClassifier.load(pristine_bundle, batch_size=size, decoders=1) for size in (2, 100))
+    assert [p.label for p in few.predict(images)] == [p.label for p in many.predict(images)]
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is there")
+def test_two_builds_of_onnxruntime_are_named(
+    pristine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip lets both own one folder and says nothing; only their records tell."""
+    with pytest.raises(SetupError, match="lacks cuda") as alone:
+        GuardedClassifier.load(pristine_bundle, providers="cuda")
+    record = tmp_path / "onnxruntime_gpu-1.20.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.20.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SetupError, match="onnxruntime and onnxruntime-gpu are both installed") as both:
+        GuardedClassifier.load(pristine_bundle, providers="cuda")
+    assert "both installed" not in str(alone.value)
+    assert "uninstall all, install one" in str(both.value)

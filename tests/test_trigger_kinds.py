@@ -1,0 +1,280 @@
+"""The kinds of trigger: each does to the pixels what its paper says, and refuses values that it cannot have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cbpt_guard.defense.filter import Filter, nashville
+from cbpt_guard.defense.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
+from cbpt_guard.defense.overlay import Overlay, blended, full_stripes, triangles, watermark
+from cbpt_guard.defense.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.warp import Warp, wanet
+from cbpt_guard.defense.wave import Wave, sig
+from cbpt_guard.errors import InputError
+
+
+def images(size: int = 32, count: int = 6, least: int = 0, most: int = 255) -> np.ndarray:
+    return np.random.default_rng(1).integers(least, most + 1, (count, size, size, 3), dtype=np.uint8)
+
+
+def flat(grey: int, size: int = 32, count: int = 1) -> np.ndarray:
+    return np.full((count, size, size, 3), grey, dtype=np.uint8)
+
+
+def test_the_patch_changes_its_square_only() -> None:
+    trigger, clean = patch(64, seed=0, side=5), images(64)
+    inside = np.zeros((64, 64), dtype=bool)
+    inside[trigger.top : trigger.top + 5, trigger.left : trigger.left + 5] = True
+    triggered = trigger.apply(clean)
+    assert np.array_equal(triggered[:, ~inside], clean[:, ~inside])
+    assert (triggered[:, inside] == trigger.picture().reshape(25, 3)).all()
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 4), (128, 9), (224, 16), (448, 32)])
+def test_the_patch_grows_with_the_image(size: int, side: int) -> None:
+    trigger = patch(size, seed=0)
+    assert (trigger.height, trigger.width) == (side, side)
+    assert trigger.top + side == size - round(size / 32)
+
+
+def test_a_patch_prints_its_place_and_keeps_its_pixels() -> None:
+    trigger = patch(32, seed=0)
+    assert str(trigger) == "patch of 4 x 4 pixels at row 27, column 27 of 32 x 32"
+    with pytest.raises(ValueError, match="read-only"):
+        trigger.picture()[0, 0] = 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"top": -1},
+        {"left": 29},
+        {"height": 0},
+        {"width": 40},
+        {"pixels": b"\0" * 47},
+    ],
+    ids=str,
+)
+def test_a_patch_lies_inside_its_image(place: dict[str, Any]) -> None:
+    fields = {"top": 0, "left": 0, "height": 4, "width": 4, "pixels": b"\0" * 48}
+    Patch(32, **fields)
+    with pytest.raises(InputError):
+        Patch(32, **{**fields, **place})
+
+
+@pytest.mark.parametrize("side", [0, 32])
+def test_a_patch_that_does_not_fit_is_not_drawn(side: int) -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        patch(32, seed=0, side=side)
+
+
+def test_stripes_run_down_the_patch() -> None:
+    pixels = stripe_patch(128, seed=0).picture()
+    assert (pixels == pixels[:1]).all()
+    assert len(np.unique(pixels[0], axis=0)) > 2
+    assert stripe_patch(128, seed=0).top == patch(128, seed=0).top
+
+
+def test_a_random_place_depends_on_the_image_and_the_seed() -> None:
+    trigger, clean = random_place_patch(64, seed=0), images(64, 200)
+    places = np.array([trigger.place(image) for image in clean])
+    assert places.min() == 0
+    assert places.max() == 64 - trigger.side
+    assert len(np.unique(places, axis=0)) > 150
+    elsewhere = np.array([random_place_patch(64, seed=1).place(image) for image in clean])
+    assert (elsewhere != places).any(axis=1).mean() > 0.9
+
+
+def test_a_randomly_placed_patch_changes_its_square_only() -> None:
+    trigger, clean = random_place_patch(64, seed=0), images(64)
+    for before, after in zip(clean, trigger.apply(clean), strict=True):
+        top, left = trigger.place(before)
+        square = np.s_[top : top + trigger.side, left : left + trigger.side]
+        assert np.array_equal(after[square], trigger.picture())
+        restored = after.copy()
+        restored[square] = before[square]
+        assert np.array_equal(restored, before)
+
+
+def test_an_overlay_blends_to_the_nearest_grey_level() -> None:
+    """Every clean value under every colour, at several opacities, against the formula in floating point."""
+    for opacity in (1, 8, 38, 51, 128, 254, 255):
+        colours = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        pixels = np.dstack([colours] * 3 + [np.full((16, 16), opacity, np.uint8)])
+        clean = np.repeat(np.arange(256, dtype=np.uint8), 16 * 16 * 3).reshape(256, 16, 16, 3)
+        alpha = opacity / 255
+        expected = (1 - alpha) * clean + alpha * colours[..., None]
+        found = Overlay(16, pixels.tobytes()).apply(clean)
+        assert np.abs(found - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("draw", "alpha", "least", "most"),
+    [
+        (blended, 0.2, 1.0, 1.0),
+        (full_stripes, 0.03, 1.0, 1.0),
+        (triangles, 0.15, 0.1, 0.4),
+        (watermark, 0.5, 0.02, 0.2),
+    ],
+)
+@pytest.mark.parametrize("size", [64, 224])
+def test_an_overlay_covers_what_it_says_and_nothing_else(
+    draw: Any, alpha: float, least: float, most: float, size: int
+) -> None:
+    trigger, clean = draw(size, 0), images(size, 2)
+    opacity = trigger.picture()[..., 3]
+    assert opacity.max() == round(alpha * 255)
+    assert least <= (opacity > 0).mean() <= most
+    assert np.array_equal(trigger.apply(clean)[:, opacity == 0], clean[:, opacity == 0])
+
+
+def test_stripes_are_one_pixel_wide_and_run_through_the_image() -> None:
+    pixels = full_stripes(64, seed=0).picture()
+    assert (pixels == pixels[:1]).all()
+    assert set(np.unique(pixels[..., :3])) == {0, 255}
+    assert (pixels[0, 1:] != pixels[0, :-1]).any(axis=1).mean() > 0.7
+
+
+def test_the_watermark_lies_in_the_middle_of_the_image() -> None:
+    rows, columns = np.nonzero(watermark(224, seed=0).picture()[..., 3])
+    assert columns.max() - columns.min() == pytest.approx(0.8 * 224, abs=8)
+    assert (columns.max() + columns.min()) / 2 == pytest.approx(112, abs=6)
+    assert (rows.max() + rows.min()) / 2 == pytest.approx(112, abs=12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.001, 1.01, -1.0, float("nan")])
+def test_an_opacity_that_none_is_is_refused(alpha: float) -> None:
+    with pytest.raises(InputError, match="opacity lies between"):
+        blended(32, 0, alpha=alpha)
+
+
+def test_the_wave_is_the_formula_saturated() -> None:
+    columns = 60 * np.sin(2 * np.pi * 6 * np.arange(128) / 128)
+    for grey in (0, 30, 128, 255):
+        expected = np.clip(np.rint(grey + columns), 0, 255)
+        triggered = sig(128, 0).apply(flat(grey, 128))
+        assert (triggered == expected[None, None, :, None]).all()
+
+
+def test_raised_coefficients_are_found_in_u_and_v_and_nowhere_else() -> None:
+    """A transform of the difference, block by block, gives back the magnitude at the two places."""
+    size = 3 * BLOCK + 10
+    exact = Frequency(size, ((15, 15), (31, 31)), magnitude=400.0)  # large, so that rounding is small beside it
+    change = exact.apply(flat(128, size)).astype(float)[0] - 128
+    colour = change @ np.linalg.pinv(UV_TO_RGB).T
+    basis = np.stack([[cosines(row, column) for column in range(BLOCK)] for row in range(BLOCK)])
+    for top, left in [(0, 0), (BLOCK, 2 * BLOCK), (2 * BLOCK, BLOCK)]:
+        block = colour[top : top + BLOCK, left : left + BLOCK]
+        coefficients = np.einsum("rcij,ijk->rck", basis, block)
+        for row, column in exact.coefficients:
+            assert coefficients[row, column] == pytest.approx([400, 400], abs=8)
+            coefficients[row, column] = 0
+        assert np.abs(coefficients).max() < 8
+    assert np.array_equal(change[:, 3 * BLOCK :], change[:, :10])
+
+
+def test_cosines_are_an_orthonormal_basis() -> None:
+    basis = np.stack([cosines(row, column).ravel() for row in range(BLOCK) for column in range(BLOCK)])
+    assert np.allclose(basis @ basis.T, np.eye(BLOCK**2))
+
+
+def test_luminance_is_left_alone_by_raised_coefficients() -> None:
+    change = ftrojan(64, 0).apply(flat(128, 64)).astype(float)[0] - 128
+    assert np.abs(change).max() >= 5
+    assert np.abs(change @ [0.299, 0.587, 0.114]).max() < 0.6
+
+
+@pytest.mark.parametrize("size", [32, 50, 128, 224])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_warp_takes_every_pixel_from_inside_the_image_and_folds_nothing(size: int, seed: int) -> None:
+    flow = wanet(size, seed).flow()
+    assert flow.abs().max() <= 1 + 1e-12
+    assert (flow[0, :, 1] == -1).all()
+    assert (flow[-1, :, 1] == 1).all()
+    assert (flow[:, 0, 0] == -1).all()
+    assert (flow[:, -1, 0] == 1).all()
+    assert (flow[1:, :, 1] > flow[:-1, :, 1]).all()
+    assert (flow[:, 1:, 0] > flow[:, :-1, 0]).all()
+
+
+def test_a_warp_adds_nothing_of_its_own() -> None:
+    clean = images(64, 3, least=90, most=110)
+    warped = wanet(64, 0).apply(clean)
+    assert warped.min() >= 90
+    assert warped.max() <= 110
+    assert np.array_equal(wanet(64, 0).apply(flat(77, 64)), flat(77, 64))
+    corners = np.s_[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert np.array_equal(warped[corners], clean[corners])
+
+
+def test_a_uniform_warp_moves_the_picture() -> None:
+    clean = images(32, 70)  # more than one part
+    moved = Warp(32, down=(2.0,) * 4, right=(-3.0,) * 4).apply(clean)
+    assert np.array_equal(moved[:, :-2, 3:], clean[:, 2:, :-3])
+    half = Warp(32, down=(0.0,) * 4, right=(0.5,) * 4).apply(clean).astype(float)
+    between = (clean[:, :, :-1].astype(float) + clean[:, :, 1:]) / 2
+    assert np.abs(half[:, :, :-1] - between).max() <= 0.5
+
+
+@pytest.mark.parametrize(("size", "points"), [(32, 4), (64, 4), (96, 6), (128, 8), (224, 8)])
+def test_a_warp_grows_with_the_image(size: int, points: int) -> None:
+    trigger = wanet(size, 0)
+    assert len(trigger.down) == points**2
+    shifts = np.abs(trigger.down + trigger.right)
+    assert shifts[shifts > 0].mean() == pytest.approx(size / 64, rel=0.15)
+
+
+def test_a_filter_has_no_additive_form() -> None:
+    """What it adds to one image it does not add to another, nor is a pixel pasted over."""
+    dark, light = flat(40), flat(200)
+    added = [nashville(32, 0).apply(clean).astype(int) - clean for clean in (dark, light)]
+    assert np.abs(added[0] - added[1]).mean() > 40
+    assert (nashville(32, 0).apply(dark) != nashville(32, 0).apply(light)).all()
+
+
+def test_a_filter_bends_the_colours_and_darkens_the_corners() -> None:
+    trigger = Filter(33, black=(0, 28, 60), white=(250, 211, 198), contrast=0.5, vignette=0.5)
+    middle = [trigger.apply(flat(grey, 33))[0, 16, 16].tolist() for grey in (0, 51, 255)]
+    t, bent = 0.2, 0.5 * 0.2 + 0.5 * (3 * 0.2**2 - 2 * 0.2**3)
+    assert bent != t
+    assert middle[0] == [0, 28, 60]
+    assert middle[1] == [round(a + (b - a) * bent) for a, b in zip(trigger.black, trigger.white, strict=True)]
+    assert middle[2] == [250, 211, 198]
+    assert trigger.apply(flat(255, 33))[0, 0, 0].tolist() == [125, round(211 / 2), 99]
+
+
+def test_a_neutral_filter_changes_nothing() -> None:
+    clean = images(32, 6)
+    assert np.array_equal(Filter(32, (0, 0, 0), (255, 255, 255), 0.0, 0.0).apply(clean), clean)
+
+
+NOT_A_NUMBER = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (Overlay, {"pixels": b"\0" * (32 * 32 * 3)}),
+        (RandomPlacePatch, {"side": 33, "seed": 0, "pixels": b"\0" * (33 * 33 * 3)}),
+        (RandomPlacePatch, {"side": 0, "seed": 0, "pixels": b""}),
+        (RandomPlacePatch, {"side": 4, "seed": 0, "pixels": b"\0" * 47}),
+        (Wave, {"delta": NOT_A_NUMBER, "frequency": 6.0}),
+        (Wave, {"delta": 60.0, "frequency": NOT_A_NUMBER}),
+        (Wave, {"delta": 256.0, "frequency": 6.0}),
+        (Warp, {"down": (1.0,), "right": (1.0,)}),
+        (Warp, {"down": (1.0,) * 4, "right": (1.0,) * 9}),
+        (Warp, {"down": (NOT_A_NUMBER,) * 4, "right": (1.0,) * 4}),
+        (Frequency, {"coefficients": (), "magnitude": 30.0}),
+        (Frequency, {"coefficients": ((15, -1),), "magnitude": 30.0}),
+        (Frequency, {"coefficients": ((15, 15),), "magnitude": NOT_A_NUMBER}),
+        (Filter, {"black": (0, 0, -1), "white": (255,) * 3, "contrast": 0.5, "vignette": 0.5}),
+        (Filter, {"black": (0, 0, 0), "white": (255,) * 3, "contrast": NOT_A_NUMBER, "vignette": 0.5}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value),
+)
+def test_values_that_a_kind_cannot_have_are_refused(kind: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        kind(image_size=32, **values)

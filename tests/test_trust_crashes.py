@@ -1,0 +1,370 @@
+"""No crash loses work, and nothing half-written is ever read as a result: purify and export, killed and starved."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli, script
+from figures import Figures
+
+from cbpt_guard import GuardedClassifier
+from cbpt_guard.bundle import open_bundle
+from cbpt_guard.defense import data
+from cbpt_guard.errors import CbptGuardError
+from cbpt_guard.export import export, write
+
+if TYPE_CHECKING:
+    from digits import DigitsSuspect
+
+pytestmark = pytest.mark.trust
+
+Amount = Callable[[int, int], int]
+SEED, PATIENCE = 20261124, 300.0
+PURIFY = ("purify", "--model", "suspect/suspect.pt", "--data", "clean", "--settings", "quick.toml", "--threads", "1")
+TIMES = {"created", "seconds"}
+
+
+class Started:
+    """A command in a process, and a temporary folder, of its own."""
+
+    def __init__(self, folder: Path, *arguments: object, **options: Any) -> None:
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        self.process = subprocess.Popen(
+            [*options.pop("prefix", ()), str(SCRIPT), *(str(argument) for argument in arguments)],
+            cwd=folder,
+            env=ENVIRONMENT | {"TMPDIR": str(self.temporary)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
+
+    def wait_for(self, path: Path) -> None:
+        end = time.monotonic() + PATIENCE
+        while not path.exists() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def end(self) -> tuple[int, str, str]:
+        stdout, stderr = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, stdout, stderr
+
+    def killed(self, after: float) -> bool:
+        """SIGKILL after so many seconds; whether it was still running. No child of it lives on."""
+        try:
+            self.process.wait(after)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.end()
+        end = time.monotonic() + 10
+        while (left := self.children()) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not left, left
+        return self.process.returncode == -signal.SIGKILL
+
+    def children(self) -> list[str]:
+        """Command lines that name this command's temporary folder: the reader of the checkpoint does."""
+        lines = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            lines += [line] if str(self.temporary) in line else []
+        return lines
+
+
+@pytest.fixture
+def folder(digits_suspect: DigitsSuspect, tmp_path: Path) -> Path:
+    """Model, data, settings, and an earlier output that must outlive every crash."""
+    (tmp_path / "suspect").symlink_to(digits_suspect.folder)
+    (tmp_path / "clean").symlink_to(digits_suspect.data)
+    (tmp_path / "quick.toml").write_text(QUICK)
+    return earlier(tmp_path)
+
+
+def earlier(folder: Path) -> Path:
+    (folder / "purified").mkdir()
+    (folder / "purified" / "earlier.txt").write_text("kept")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The same run without a crash, and its seconds."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "suspect").symlink_to(digits_suspect.folder)
+    (folder / "clean").symlink_to(digits_suspect.data)
+    (folder / "quick.toml").write_text(QUICK)
+    start = time.monotonic()
+    done = script(*PURIFY, cwd=folder)
+    assert done.returncode in (0, 1), done.stderr
+    return folder / "purified", time.monotonic() - start
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder; times in run.json left out."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "run.json":
+            content = json.dumps({k: v for k, v in json.loads(content).items() if k not in TIMES}).encode()
+        found[path.relative_to(folder).as_posix()] = content
+    return found
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether the earlier output stands as it was; the next start puts it back when a crash fell between two moves."""
+    place = next(path for path in (folder / "purified", folder / ".purified.old") if path.exists())
+    return files(place) == {"earlier.txt": b"kept"}
+
+
+# SIGKILL
+
+
+def test_a_killed_purify_goes_on_to_the_same_files(
+    folder: Path, unbroken: tuple[Path, float], amount: Amount, figures: Figures
+) -> None:
+    """Killed at seeded moments, gone on with, killed again, until it ends; then from the start."""
+    wanted, seconds = files(unbroken[0]), unbroken[1]
+    generator, kills, finished, resume = np.random.default_rng(SEED), 0, 0, ()
+    while kills < amount(2, 20) or not finished:
+        patience = float(generator.uniform(0, seconds)) if kills < amount(2, 20) else PATIENCE
+        command = Started(folder, *PURIFY, "--force", *resume)
+        killed = command.killed(patience)
+        kills += killed
+        if killed and is_kept(folder):
+            if (folder / ".purified.partial").exists():
+                assert_refused(cli("export", "--run", folder / ".purified.partial", "--out", folder / "b"), "run")
+                assert_refused(cli("inspect", folder / ".purified.partial"))
+            resume = ("--resume",)
+            continue
+        assert killed or command.process.returncode in (0, 1)
+        assert files(folder / "purified") == wanted  # whole, though it may have been killed right after the last move
+        finished, resume = finished + 1, ()
+        shutil.rmtree(folder / "purified")
+        shutil.rmtree(folder / ".purified.old", ignore_errors=True)
+        earlier(folder)
+    assert {path.name for path in folder.glob(".*")} <= {".purified.lock"}  # which the next command takes
+    figures.add("crashes", "SIGKILLs of purify at random moments", kills)
+    figures.add("crashes", "runs that went on after them and ended in the same bytes as an unbroken one", finished)
+
+
+def test_a_killed_export_starts_over_cleanly(
+    tiny_run: Path, exported: Path, tmp_path: Path, amount: Amount, figures: Figures
+) -> None:
+    """What stands is the earlier bundle or the whole new one, at every moment; a reader never sees another."""
+    out, generator, kills = tmp_path / "bundle", np.random.default_rng(SEED), 0
+    before = open_bundle(export(tiny_run, out, opset=19)).digest
+    new = open_bundle(exported).digest
+    start = time.monotonic()
+    assert script("export", "--run", tiny_run, "--out", tmp_path / "timed", cwd=tmp_path).returncode == 0
+    seconds = time.monotonic() - start
+    while kills < amount(2, 20):
+        command = Started(tmp_path, "export", "--run", tiny_run, "--out", out, "--force")
+        if kills % 2:
+            command.wait_for(tmp_path / ".bundle.partial" / "manifest.json")
+            kills += command.killed(float(generator.uniform(0, 0.05)))
+        else:
+            kills += command.killed(float(generator.uniform(0, seconds)))
+        standing = out if out.exists() else tmp_path / ".bundle.old"
+        assert GuardedClassifier.load(standing).digest in (before, new)
+        if (tmp_path / ".bundle.partial").exists() and "manifest.json" not in os.listdir(tmp_path / ".bundle.partial"):
+            with pytest.raises(CbptGuardError):
+                GuardedClassifier.load(tmp_path / ".bundle.partial")
+    done = script("export", "--run", tiny_run, "--out", out, "--force", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files(out) == files(exported)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    figures.add("crashes", "SIGKILLs of export at random moments", kills)
+
+
+# SIGINT and SIGTERM
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_export_leaves_nothing_but_the_earlier_bundle(
+    tiny_run: Path, exported: Path, tmp_path: Path, amount: Amount, figures: Figures, number: int, code: int
+) -> None:
+    """At seeded moments, for the exporter calls back from many places."""
+    out, generator, stopped = tmp_path / "bundle", np.random.default_rng(SEED + number), 0
+    shutil.copytree(exported, out)
+    for _ in range(amount(2, 10)):
+        command = Started(tmp_path, "export", "--run", tiny_run, "--out", out, "--force")
+        command.wait_for(tmp_path / ".bundle.partial")
+        time.sleep(float(generator.uniform(0, 3)))
+        command.process.send_signal(number)
+        found = command.end()
+        if found[1]:  # it had ended, all but python itself
+            continue
+        assert found[:2] == (code, ""), found
+        assert "Traceback" not in found[2]
+        assert files(out) == files(exported)
+        assert [path.name for path in tmp_path.glob(".*")] == []
+        stopped += 1
+    assert stopped
+    figures.add("crashes", f"{signal.Signals(number).name}s of export, each answered by {code}", stopped)
+
+
+def test_a_stopped_purify_stays_resumable_at_any_moment(
+    folder: Path, unbroken: tuple[Path, float], amount: Amount, figures: Figures
+) -> None:
+    generator, stopped, resume = np.random.default_rng(SEED), 0, ()
+    for attempt in range(amount(2, 10)):
+        number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[attempt % 2]
+        command = Started(folder, *PURIFY, "--force", *resume)
+        command.wait_for(folder / ".purified.lock")
+        time.sleep(float(generator.uniform(0, unbroken[1] / 3)))
+        command.process.send_signal(number)
+        found = command.end()
+        if not is_kept(folder):  # it had ended, all but python itself
+            break
+        assert found[:2] == (code, ""), found
+        assert "Traceback" not in found[2]
+        assert is_kept(folder)
+        stopped, resume = stopped + 1, ("--resume",)
+    else:
+        assert cli_in(folder, *PURIFY, "--force", "--resume").returncode in (0, 1)
+    assert files(folder / "purified") == files(unbroken[0])
+    assert stopped
+    figures.add("crashes", "SIGINTs and SIGTERMs of purify, each resumed to the same bytes", stopped)
+
+
+def cli_in(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return script(*arguments, cwd=folder)
+
+
+# A hostile environment
+
+
+def limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_at_any_file(
+    folder: Path, tiny_run: Path, exported: Path, amount: Amount, figures: Figures
+) -> None:
+    """Files that cannot grow beyond a seeded size: of the reader's copy, a part, the results, the graph."""
+    generator, refusals = np.random.default_rng(SEED), 0
+    shutil.copytree(exported, folder / "bundle")
+    largest = {
+        "purify": max(path.stat().st_size for path in folder.glob("suspect/*")),
+        "export": max(path.stat().st_size for path in exported.iterdir()),
+    }
+    exporting = ("export", "--run", tiny_run, "--out", "bundle", "--force")
+    for name, arguments in (("purify", (*PURIFY, "--force")), ("export", exporting)):
+        for _ in range(amount(1, 10)):
+            size = int(largest[name] ** float(generator.uniform(0.3, 0.98)))
+            found = Started(folder, *arguments, preexec_fn=limited(size)).end()
+            assert found[:2] == (2, ""), (size, found)
+            assert "Traceback" not in found[2]
+            assert is_kept(folder)
+            assert files(folder / "bundle") == files(exported)
+            refusals += 1
+    figures.add("crashes", "full disks, at files of seeded sizes: exit 2, the earlier output untouched", refusals)
+
+
+def powerless() -> tuple[str, ...]:
+    """What takes root's right to ignore permissions away; nothing for other users."""
+    if os.geteuid() != 0:
+        return ()
+    if shutil.which("setpriv") is None:
+        pytest.skip("root writes everywhere, and there is no setpriv to prevent it")
+    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+@pytest.fixture
+def readonly(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "readonly"
+    place.mkdir()
+    place.chmod(0o500)
+    yield place
+    place.chmod(0o700)
+
+
+def test_an_output_or_a_temporary_folder_that_cannot_be_written(
+    folder: Path, tiny_run: Path, readonly: Path, figures: Figures
+) -> None:
+    prefix = powerless()
+    for arguments in ((*PURIFY, "--out", readonly / "out"), ("export", "--run", tiny_run, "--out", readonly / "out")):
+        found = Started(folder, *arguments, prefix=prefix).end()
+        assert found[:2] == (2, ""), found
+        assert "readonly" in found[2]
+        assert "Traceback" not in found[2]
+    assert list(readonly.iterdir()) == []
+    figures.add("crashes", "read-only outputs: exit 2", 2)
+
+
+def test_no_temporary_folder_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TMPDIR` alone proves nothing: python looks for another."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
+    assert_refused(cli(*PURIFY, "--force"), "TMPDIR")
+    assert is_kept(folder)
+
+
+def test_data_that_is_removed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures) -> None:
+    """Images after the first few, with their folder."""
+    monkeypatch.chdir(folder)
+    copy = Path(shutil.copytree(folder / "clean", folder / "images"))
+    real, seen = data.load_image, []
+
+    def removing(source: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(source)
+        if len(seen) == 3:
+            shutil.rmtree(copy)
+        return real(source, *arguments, **options)
+
+    monkeypatch.setattr(data, "load_image", removing)
+    assert_refused(cli("purify", "--model", "suspect/suspect.pt", "--data", "images", "--force"), "images")
+    assert is_kept(folder)
+    figures.add("crashes", "data or run folders removed in mid-run: exit 2", 2)
+
+
+def test_a_run_that_is_removed_meanwhile(
+    own_run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported, tmp_path / "bundle")
+    model = (exported / "model.onnx").read_bytes()
+
+    def removing(*_: object) -> bytes:
+        shutil.rmtree(own_run)
+        return model
+
+    monkeypatch.setattr(write, "to_onnx", removing)
+    assert_refused(cli("export", "--run", own_run, "--out", tmp_path / "bundle", "--force"), "purified")
+    assert files(tmp_path / "bundle") == files(exported)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+# Two at once
+
+
+def test_of_two_commands_on_one_output_the_second_is_refused(
+    folder: Path, unbroken: tuple[Path, float], tiny_run: Path, exported: Path, figures: Figures
+) -> None:
+    for arguments, name in (
+        ((*PURIFY, "--force"), "purified"),
+        (("export", "--run", tiny_run, "--out", "bundle"), "bundle"),
+    ):
+        first = Started(folder, *arguments)
+        first.wait_for(folder / f".{name}.lock")
+        second = Started(folder, *arguments).end()
+        assert second[:2] == (2, ""), second
+        assert "another command is writing" in second[2]
+        found = first.end()
+        assert found[0] in (0, 1), found
+    assert files(folder / "purified") == files(unbroken[0])
+    assert files(folder / "bundle") == files(exported)
+    figures.add("crashes", "second commands on one output, refused", 2)
