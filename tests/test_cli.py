@@ -142,7 +142,7 @@ def test_export_keeps_what_is_there_until_it_can_replace_it(tiny_run: Path, expo
     with no_file_above(4096):
         assert_refused(cli("export", "--run", tiny_run, "--force"), "writing bundle failed", "File too large")
     assert open_bundle("bundle").digest == before
-    assert cli("export", "--run", tiny_run, "--force").exit_code == 0
+    assert cli("export", "--run", tiny_run, "--force", "--opset", "19").exit_code == 0  # one that differs
     assert open_bundle("bundle").digest != before
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from digits import DigitsSuspect
 
 REPOSITORY = Path(__file__).parents[1]
+SERVING = REPOSITORY / "docs" / "serving.md"
 OFFLINE = ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn", "timm")
 
 
@@ -64,7 +65,8 @@ def test_the_three_lines_of_the_product(digits_suspect: DigitsSuspect, tmp_path:
 
 
 def test_the_documents_lines_for_a_service_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = blocks(REPOSITORY / "docs" / "serving.md")[:2]
+    first = blocks(SERVING)[0]
+    second = blocks(SERVING, "## In a service that has torch already")[0]
     served: dict[str, Any] = {}
     exec(first, served)
     assert capsys.readouterr().out.startswith(f"{served['answer'].label} ")
@@ -92,7 +94,7 @@ def test_the_documents_lines_without_commands_run(
         (tmp_path / name).symlink_to(digits_suspect.folder / name)
     (tmp_path / "clean").symlink_to(digits_suspect.data)
     monkeypatch.chdir(tmp_path)
-    (lines,) = blocks(REPOSITORY / "docs" / "serving.md")[2:]
+    (lines,) = blocks(SERVING, "## As Python instead of commands")
     done: dict[str, Any] = {}
     exec(lines, done)
     run = done["run"]

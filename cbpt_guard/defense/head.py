@@ -113,7 +113,8 @@ class GuardedHead:
             "scale": torch.tensor(self.original.scale, dtype=torch.float64),
             "bias": torch.tensor(self.original.bias, dtype=torch.float64),
         }
-        metadata = {"rule": self.rule, "classes": json.dumps(self.classes)}
+        # one key: safetensors writes several in an order of its own, and equal heads must be equal bytes
+        metadata = {"head": json.dumps({"rule": self.rule, "classes": self.classes})}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
     @classmethod
@@ -126,9 +127,9 @@ class GuardedHead:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                metadata = file.metadata()
+                about = json.loads(file.metadata()["head"])
             scale, bias = tensors["scale"].item(), tensors["bias"].item()
-            rule, classes = metadata["rule"], tuple(json.loads(metadata["classes"]))
+            rule, classes = about["rule"], tuple(about["classes"])
             if rule not in ("switch", "prompts"):
                 raise ValueError(f"the rule {rule!r} is unknown")
             if any(len(tensors[name]) != len(classes) for name in _BY_CLASS):
