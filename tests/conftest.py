@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,16 @@ def pristine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(pristine_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle for one test to use and to break."""
     return Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def readonly(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nobody but root writes into."""
+    place = tmp_path / "readonly"
+    place.mkdir()
+    place.chmod(0o500)
+    yield place
+    place.chmod(0o700)
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,13 @@ def test_eight_threads_get_the_answers_that_one_gets(
     assert found["bad"] == 0.01
     assert found["differing"] == 0
     assert found["threads left"] == 0
+    assert found["files left"] == 0
     assert found["growth MiB"] < MOST_GROWTH
     figures.add("load", "predictions from 8 threads, 1 % of them bad inputs", found["predictions"])
     figures.add("load", "of them unlike the single-threaded answer", found["differing"])
     figures.add("load", "growth of resident memory over the second half, MiB", found["growth MiB"])
     figures.add("load", "threads left behind", found["threads left"])
+    figures.add("load", "file handles left behind", found["files left"])
 
 
 def test_loading_and_dropping_leaves_no_memory_and_no_file_open(
