@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,26 @@ def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cbpt_guard.export import export
 
     return export(tiny_run, tmp_path_factory.mktemp("exported") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def served_bundle(
+    request: pytest.FixtureRequest, amount: Callable[[int, int], int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What is served under load and fuzzed: the purified digits CLIP in the long form, else the tiny bundle."""
+    if not amount(0, 1) or not torch_is_there():
+        return Path(request.getfixturevalue("pristine_bundle"))
+    from quick_cbpt import purified
+
+    from cbpt_guard.export import export
+
+    run = purified(request.getfixturevalue("digits_suspect"), tmp_path_factory.mktemp("served") / "purified")
+    return export(run, run.parent / "bundle", allow_unguarded=True)
+
+
+def torch_is_there() -> bool:
+    """The runtime's tests also run where only the runtime is installed."""
+    return find_spec("torch") is not None
 
 
 @pytest.fixture(scope="session")
