@@ -128,7 +128,7 @@ BROKEN: dict[str, Callable[[], bytes]] = {
     "zip: truncated": lambda: saved({"w": torch.arange(64.0)})[:-40],
     "zip: the start alone": lambda: saved({"w": torch.arange(64.0)})[:300],
     "zip: bomb": _bomb,
-    "zip: compressed": _compressed,
+    "zip: harmless, compressed": _compressed,
     "zip: no data.pkl": lambda: bytes(archive({"x/version": b"3\n"})),
     "zip: names that climb": lambda: bytes(archive({"../../../tmp/evil": b"x", "/etc/passwd": b"x"})),
     "zip: a storage is missing": lambda: _forged((4,), (1,)).replace(b"x/data/0", b"x/data/9"),

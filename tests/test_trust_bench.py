@@ -46,6 +46,7 @@ defenses = ["none"]
 shots = [8]
 control = true
 """
+LONG_ONLY = "each takes two suites or more: in the long form, `pytest -m trust`"
 TENSORS = {".npy", ".npz", ".onnx", ".pt", ".safetensors"}
 
 
@@ -58,7 +59,7 @@ def root(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory
     (folder / "data").symlink_to(digits_suspect.data)
     (folder / "clean").symlink_to(digits_suspect.data.parent / "model")
     write_class_folders(digits_suspect.split.train, folder / "train", per_class=30)
-    defenses = ["none", "probe", "quick_cbpt:quick"] if amount(0, 1) else ["none"]
+    defenses = ["none", "quick_cbpt:quick"] if amount(0, 1) else ["none"]
     target = digits_suspect.split.test.classes[digits_suspect.target]
     (folder / "plan.toml").write_text(PLAN.format(target=target, defenses=defenses))
     return folder
@@ -134,7 +135,7 @@ def test_a_stopped_bench_stays_resumable(
 ) -> None:
     """A signal to the command, and Ctrl-C as a terminal sends it: to the command and all that it started."""
     generator, stopped = np.random.default_rng(SEED), 0
-    for attempt in range(amount(1, 6)):
+    for attempt in range(amount(1, 4)):
         number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[attempt % 2]
         suite = begun(root, tmp_path, start_new_session=True)
         suite.wait_for(tmp_path / LINES)
@@ -160,8 +161,10 @@ def test_a_bench_on_a_full_disk(
     root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
 ) -> None:
     """Files that cannot grow beyond a seeded size: of implants, features, runs, graphs and lines."""
+    if not amount(0, 1):
+        pytest.skip(LONG_ONLY)
     generator, largest = np.random.default_rng(SEED), max(map(len, tensors(unbroken[0]).values()))
-    for number in range(amount(1, 8)):
+    for number in range(3):
         folder, size = tmp_path / str(number), int(largest ** float(generator.uniform(0.3, 0.98)))
         folder.mkdir()
         found = begun(root, folder, preexec_fn=limited(size)).end()
@@ -189,7 +192,11 @@ def test_a_bench_that_may_not_write(
     figures.add("crashes", "read-only outputs of bench run: exit 2", 2)
 
 
-def test_a_bench_whose_data_is_removed_meanwhile(root: Path, unbroken: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_bench_whose_data_is_removed_meanwhile(
+    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount
+) -> None:
+    if not amount(0, 1):
+        pytest.skip(LONG_ONLY)
     own = tmp_path / "root"
     own.mkdir()
     for path in root.iterdir():
