@@ -113,14 +113,16 @@ def test_a_killed_bench_goes_on_to_the_same_lines_and_tensors(
     """Killed at seeded moments, gone on with, killed again, until it ends; then from the start."""
     generator, kills, finished, folder = np.random.default_rng(SEED), 0, 0, tmp_path / "0"
     folder.mkdir()
+    whole = unbroken[1]
     while kills < amount(1, 20) or not finished:
-        patience = float(generator.uniform(0, unbroken[1])) if kills < amount(1, 20) else PATIENCE
+        patience = float(generator.uniform(0, whole)) if kills < amount(1, 20) else PATIENCE
         suite = begun(root, folder)
         killed = suite.killed(patience)
         kills += killed
         assert is_begun(folder, unbroken[0])
         if killed:
             continue
+        whole = min(whole, suite.seconds)  # on a machine that is busy now and then, kills keep falling within a run
         assert suite.process.returncode == 0
         assert_whole(folder, unbroken[0])
         finished += 1
