@@ -1,15 +1,16 @@
 """Every trust test in its long form, and docs/trust.md from what they counted.
 
     python benchmarks/trust.py measure      runs `pytest -m trust` (under 45 minutes on two cores), then writes the page
-    python benchmarks/trust.py page         rewrites docs/trust.md from benchmarks/trust.json
+    python benchmarks/trust.py page         rewrites docs/trust.md from benchmarks/trust.json and benchmarks/soak.json
 
-A run that fails changes neither.
+A run that fails changes neither. The hour of benchmarks/soak.py stands apart; its figures are the page's last section.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-FIGURES, PAGE = HERE / "trust.json", HERE.parent / "docs" / "trust.md"
+FIGURES, SOAK, PAGE = HERE / "trust.json", HERE / "soak.json", HERE.parent / "docs" / "trust.md"
 _TOOLS = ("torch", "onnxruntime", "pillow", "safetensors", "picklescan", "hypothesis")
 _HEAD = """\
 # What the trust tests count
 
-Written by `python benchmarks/trust.py` from benchmarks/trust.json. What is promised stands in
-[security.md](security.md).
+Written by `python benchmarks/trust.py` from benchmarks/trust.json and benchmarks/soak.json. What is promised stands
+in [security.md](security.md).
 {about}
 """
 
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("command", choices=("measure", "page"))
     if parser.parse_args().command == "measure":
         measure()
-    PAGE.write_text(page(json.loads(FIGURES.read_text(encoding="utf-8"))), encoding="utf-8")
+    found, soak = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in (FIGURES, SOAK))
+    PAGE.write_text(page(found, soak), encoding="utf-8")
     print(PAGE)
 
 
@@ -48,7 +50,8 @@ def measure() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "trust.json"
         command = [sys.executable, "-m", "pytest", "-m", "trust", "--figures", str(found)]
-        subprocess.run(command, cwd=HERE.parent, check=True)
+        # torch's threads spin while they wait for each other: on a busy machine that costs more than they do
+        subprocess.run(command, cwd=HERE.parent, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         figures = json.loads(found.read_text(encoding="utf-8"))
     figures["about"] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -59,8 +62,8 @@ def measure() -> None:
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def page(found: dict[str, Any]) -> str:
-    """The Markdown page: a section for each part, its figures as one table, then its lists."""
+def page(found: dict[str, Any], soak: dict[str, Any]) -> str:
+    """The Markdown page: a section for each part, its figures as one table, then its lists; the soak is the last."""
     about = found.get("about", {})
     told = f"Last run: {about.pop('date')}, {about.pop('minutes')} minutes with " if about else ""
     parts = [_HEAD.format(about=told + ", ".join(f"{name} {value}" for name, value in about.items()))]
@@ -72,6 +75,9 @@ def page(found: dict[str, Any]) -> str:
         parts.append(_table(["counted", "value"], rows))
         for title, (columns, *body) in section["tables"].items():
             parts.append(f"{title}:\n\n{_table(columns, body)}")
+    if soak:
+        rows = [[name, _shown(value)] for name, value in soak.items()]
+        parts.append(f"## The soak: `python benchmarks/soak.py BUNDLE`\n\n{_table(['counted', 'value'], rows)}")
     return "\n".join(parts)
 
 

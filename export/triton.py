@@ -56,7 +56,8 @@ def write_repository(repository: Path, manifest: Manifest, classes: Sequence[str
     (variant,) = manifest.variants.values()
     model = onnx.load(repository / VERSION / variant.file)
     (folder / "config.pbtxt").write_text(_config(model, variant.file), encoding="utf-8")
-    lines = [" ".join(label.split()) for label in classes]  # Triton reads one label a line
+    # Triton reads one label a line, and hands it to clients that may print it
+    lines = [" ".join("".join(c if c.isprintable() else " " for c in label).split()) for label in classes]
     (folder / _LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

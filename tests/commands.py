@@ -42,10 +42,11 @@ def script(*arguments: object, cwd: Path, **options: Any) -> subprocess.Complete
     return subprocess.run(command, cwd=cwd, text=True, capture_output=True, check=False, **options)
 
 
-def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own."""
     command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, check=False, env=ENVIRONMENT, timeout=300)
+    options = {"env": ENVIRONMENT, "timeout": 300} | options
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, check=False, **options)
 
 
 def blocking(*modules: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,16 @@ def tiny_bundle(pristine_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine_bundle, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def readonly(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nobody but root writes into."""
+    place = tmp_path / "readonly"
+    place.mkdir()
+    place.chmod(0o500)
+    yield place
+    place.chmod(0o700)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small finished run that no test changes."""
@@ -98,6 +109,26 @@ def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cbpt_guard.export import export
 
     return export(tiny_run, tmp_path_factory.mktemp("exported") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def served_bundle(
+    request: pytest.FixtureRequest, amount: Callable[[int, int], int], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What is served under load and fuzzed: the purified digits CLIP in the long form, else the tiny bundle."""
+    if not amount(0, 1) or not torch_is_there():
+        return Path(request.getfixturevalue("pristine_bundle"))
+    from quick_cbpt import purified
+
+    from cbpt_guard.export import export
+
+    run = purified(request.getfixturevalue("digits_suspect"), tmp_path_factory.mktemp("served") / "purified")
+    return export(run, run.parent / "bundle", allow_unguarded=True)
+
+
+def torch_is_there() -> bool:
+    """The runtime's tests also run where only the runtime is installed."""
+    return find_spec("torch") is not None
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,7 @@ OPCODES: dict[str, tuple[bytes, bool]] = {
         b"T \x00\x00\x00\x00\x00\x00{" + b" " * 28 + b"0cos\nsystem\n(S'TOUCH'\ntR.",
         True,
     ),
+    "a name with terminal codes": (b"\x80\x02cos\nsystem\x1b[2J\n(VTOUCH\ntR.", False),
     "the platform's own name": (b"\x80\x04N0cposix\nsystem\n(VTOUCH\ntR.", True),
 }
 

@@ -103,7 +103,8 @@ def serve(bundle: Path, folder: Path, predictions: int, threads: int, seconds: f
     guard, given = GuardedClassifier.load(bundle, threads=1), sources(folder)
     expected = [answered(guard, source) for source in given]
     tickets, end = count(), time.monotonic() + seconds
-    differing, before, lock = [0], threading.active_count(), threading.Lock()
+    differing, before, lock = [0], system_threads(), threading.Lock()
+    files, most_threads = open_files(), [0]
     samples: list[tuple[int, float]] = []
     every = max(LIST, min(predictions, 50_000) // SAMPLES // LIST * LIST)
 
@@ -127,6 +128,7 @@ def serve(bundle: Path, folder: Path, predictions: int, threads: int, seconds: f
             if wrong or ticket * LIST % every == 0:
                 with lock:
                     differing[0] += wrong
+                    most_threads[0] = max(most_threads[0], system_threads())
                     samples.append((ticket * LIST, resident()))
         return done
 
@@ -137,7 +139,9 @@ def serve(bundle: Path, folder: Path, predictions: int, threads: int, seconds: f
         "bad": sum(one.error is not None for one in expected) / len(expected),
         "differing": differing[0],
         "threads": threads,
-        "threads left": threading.active_count() - before,
+        "threads of the process at most": most_threads[0],
+        "threads left": threads_left(before),
+        "files left": open_files() - files,
         **growth(samples),
     }
 
@@ -150,7 +154,7 @@ def reload(bundle: Path, times: int) -> dict[str, Any]:
         GuardedClassifier.load(bundle, threads=1).predict(image)
         gc.collect()
         samples.append((number, resident()))
-        files.append(len(os.listdir("/proc/self/fd")))
+        files.append(open_files())
     return {"times": times, "files left": files[-1] - files[0], **growth(samples)}
 
 
@@ -160,6 +164,24 @@ def growth(samples: list[tuple[int, float]]) -> dict[str, float]:
     half = len(at) // 2
     slope = float(np.polyfit(at[half:], mib[half:], 1)[0])
     return {"MiB": round(float(mib[-1]), 1), "growth MiB": round(slope * (at[-1] - at[half]), 2)}
+
+
+def open_files() -> int:
+    """File handles of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def system_threads() -> int:
+    """Threads of this process as the system counts them: Python knows nothing of those of onnxruntime."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def threads_left(before: int) -> int:
+    """How many more there are than before; one that Python has joined needs a moment to leave the system's list."""
+    end = time.monotonic() + 5
+    while system_threads() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    return system_threads() - before
 
 
 def resident() -> float:

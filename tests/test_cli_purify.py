@@ -41,9 +41,12 @@ FILES = {
 Change = Callable[[Path], list[object]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_reading() -> Any:
-    """The suspect is read safely once a session: each reading starts a process that imports torch."""
+    """The suspect is read safely once for these tests: each reading starts a process that imports torch.
+
+    For these alone: in other modules a path that was read before would no longer be read at all.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suspect, "read_checkpoint", functools.cache(suspect.read_checkpoint))
         yield

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from figures import Figures
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,7 +59,8 @@ def service(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def test_the_wheel_holds_the_five_packages_and_nothing_else(service: Path, source: Path) -> None:
+@pytest.mark.trust
+def test_the_wheel_holds_the_five_packages_and_nothing_else(service: Path, source: Path, figures: Figures) -> None:
     (wheel,) = (source / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name]
@@ -69,6 +71,7 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(service: Path, sourc
         wanted |= {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
     assert len(setuptools["packages"]) == 5
     assert sorted(names) == sorted(wanted)
+    figures.add("supply", "files in the wheel, each of one of the five packages", len(names))
 
 
 def test_the_runtime_is_there_and_the_offline_half_is_not(service: Path, tmp_path: Path) -> None:

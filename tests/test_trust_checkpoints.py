@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from figures import Figures
 from hostile import Canary, Case, saved, system, write_corpus
 from PIL import Image
 
-from cbpt_guard.defense import checkpoint
+from cbpt_guard.defense import checkpoint, sandbox
 from cbpt_guard.defense.checkpoint import read_checkpoint
 from cbpt_guard.defense.sandbox import Limits
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError, UnsafeError
@@ -279,7 +281,7 @@ def test_time_is_bounded(corpus: Corpus, figures: Figures) -> None:
 def test_no_child_outlives_its_parent(
     pictures: Path, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
 ) -> None:
-    """The command is killed at random moments while its child starts or reads; the child is gone soon after."""
+    """The command is killed at random moments while its child reads, or starts; the child is gone soon after."""
     model, draw, slowest = tmp_path / "endless.pt", random.Random(1), 0.0
     model.write_bytes(malformed.BROKEN[malformed.SLOW]())
     for number in range(kills := amount(1, 12)):
@@ -289,10 +291,10 @@ def test_no_child_outlives_its_parent(
         parent = subprocess.Popen(
             list(map(str, command)), env=ENVIRONMENT | {"TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL
         )
-        while not _mentioning(scratch):
+        while not any(number % 2 or _is_confined(process) for process in _mentioning(scratch)):
             assert parent.poll() is None
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 3))
+        time.sleep(draw.uniform(0, 2))
         parent.kill()
         parent.wait()
         start = time.monotonic()
@@ -302,6 +304,14 @@ def test_no_child_outlives_its_parent(
         slowest = max(slowest, time.monotonic() - start)
     figures.add("checkpoints", "commands killed in mid-read", kills)
     figures.add("checkpoints", "children left, after at most seconds", f"0, after {slowest:.1f}")
+
+
+def _is_confined(process: str) -> bool:
+    """Whether a process has bound itself: from then on it reads."""
+    try:
+        return "NoNewPrivs:\t1" in (Path("/proc") / process / "status").read_text()
+    except OSError:
+        return False
 
 
 def _mentioning(folder: Path) -> list[str]:
@@ -332,6 +342,56 @@ def test_a_file_replaced_after_the_check_changes_nothing(tmp_path: Path, monkeyp
     assert torch.equal(read.tensors["w"], torch.ones(3))
     assert read.sha256 == tame
     assert not canary.file.exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(2).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        torch.empty(1).to("meta"),
+    ],
+    ids=["sparse", "quantized", "meta"],
+)
+def test_no_tensor_but_a_dense_one_gets_past_the_last_check(value: torch.Tensor) -> None:
+    """The scan refuses them by name already; what it might miss is refused as it is."""
+    with pytest.raises(CheckpointError, match="save plain dense tensors"):
+        checkpoint.reader.plain_tensors({"w": value})
+
+
+def test_the_child_inherits_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given an environment of its own, no standard input, and a session of its own."""
+    given: dict[str, Any] = {}
+
+    def running(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        given.update(options)
+        return subprocess.CompletedProcess(command, -signal.SIGKILL)
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(saved({"w": torch.ones(1)}))
+    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
+    monkeypatch.setattr(sandbox.subprocess, "run", running)
+    with pytest.raises(CheckpointError, match="SIGKILL"):
+        read_checkpoint(path)
+    assert given["env"].keys() <= {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", "HOME", "OMP_NUM_THREADS"}
+    assert (given["stdin"], given["start_new_session"]) == (subprocess.DEVNULL, True)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in malformed.PATHS if name.startswith("path: a ") and "link to n" not in name]
+)
+def test_special_paths_are_not_even_opened(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a device may already act, and opening a pipe may wake who waits at its other end."""
+    path, real = tmp_path / "x.pt", os.open
+    malformed.PATHS[name](path)
+
+    def opening(what: Any, *arguments: Any, **options: Any) -> int:
+        assert Path(what) != path
+        return real(what, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(InputError):
+        checkpoint._private_copy(path, tmp_path / "copy.pt", 1 << 20)
 
 
 def test_a_path_that_keeps_changing_gives_what_was_hashed(tmp_path: Path, amount: Callable[[int, int], int]) -> None:
@@ -390,7 +450,7 @@ for source in map(Path, sys.argv[2:]):
     for number in range(int(sys.argv[1])):
         forged = bytearray(data)
         places = draw.randrange(len(data)), draw.randrange(edge), len(data) - 1 - draw.randrange(edge)
-        forged[places[number % 3]] ^= 1 << draw.randrange(8)
+        forged[places[number % 3]] ^= 1 << draw.randrange(8) if number % 2 else draw.randrange(1, 256)
         path.write_bytes(forged)
         report = reader.report_on(path)
         kind = report.get("refused", "loads")
@@ -406,10 +466,13 @@ for source in map(Path, sys.argv[2:]):
 """
 
 
-def test_flipped_bits_are_refused_or_harmless(
-    tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
+def test_flipped_bytes_are_refused_or_harmless(
+    tmp_path: Path, amount: Callable[[int, int], int], figures: Figures, request: pytest.FixtureRequest
 ) -> None:
-    """A real checkpoint with one bit changed: two thirds of the places lie near its ends, where the structure is."""
+    """A real checkpoint with one byte changed, half of them in one bit: two thirds near its ends, where structure is.
+
+    The long form takes the poisoned digits CLIP, too.
+    """
     model, tried = small_clips.model(small_clips.VIT), amount(120, 2000)
     content = {"state_dict": dict(model.state_dict()), "epoch": 3}
     torch.save(content, tmp_path / "zip.pt")
@@ -417,6 +480,8 @@ def test_flipped_bits_are_refused_or_harmless(
     safetensors.torch.save_file(dict(model.state_dict()), tmp_path / "bare.safetensors")
     images, ids = torch.zeros(1, 3, 32, 32), torch.ones(1, 16, dtype=torch.long)
     torch.jit.save(torch.jit.trace(model, (images, ids)), tmp_path / "TorchScript.pt")  # type: ignore[no-untyped-call]
+    if amount(0, 1):
+        shutil.copy(request.getfixturevalue("digits_suspect").checkpoint, tmp_path / "digits.pt")
     files = sorted(tmp_path.iterdir())
     command = [sys.executable, "-W", "ignore", "-c", FLIPS, str(tried), *map(str, files)]
     run = subprocess.run(command, text=True, capture_output=True, env=ENVIRONMENT, timeout=3000, check=False)
@@ -427,17 +492,17 @@ def test_flipped_bits_are_refused_or_harmless(
         assert counts["malformed"] > 0
         assert counts["loads"] > 0
         told = f"{counts['malformed']} malformed, {counts['unsafe']} unsafe, {counts['loads']} loaded, all finite"
-        figures.add("checkpoints", f"{tried:,} single-bit flips in {file.name}", told)
+        figures.add("checkpoints", f"{tried:,} changes of a single byte in {file.name}", told)
 
 
-def test_flipped_bits_through_the_command_leave_no_traceback(
+def test_flipped_bytes_through_the_command_leave_no_traceback(
     pictures: Path, tmp_path: Path, amount: Callable[[int, int], int]
 ) -> None:
     path, draw = tmp_path / "x.pt", random.Random(2)
     content = saved({"state_dict": small_clips.weights(small_clips.VIT)})
     for _ in range(amount(1, 25)):
         forged = bytearray(content)
-        forged[draw.randrange(30_000)] ^= 1 << draw.randrange(8)
+        forged[draw.randrange(30_000)] ^= draw.randrange(1, 256)
         path.write_bytes(forged)
         found = cli("purify", "--model", path, "--data", pictures, "--out", tmp_path / "out", "--dry-run")
         assert found.exit_code in (2, 3), found.stderr

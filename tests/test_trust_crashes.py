@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli, script
+from commands import QUICK, assert_refused, cli, script
 from figures import Figures
+from started import PATIENCE, Started, files, limited, powerless
 
 from cbpt_guard import GuardedClassifier
 from cbpt_guard.bundle import open_bundle
@@ -30,59 +29,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.trust
 
 Amount = Callable[[int, int], int]
-SEED, PATIENCE = 20261124, 300.0
+SEED = 20261124
 PURIFY = ("purify", "--model", "suspect/suspect.pt", "--data", "clean", "--settings", "quick.toml", "--threads", "1")
-TIMES = {"created", "seconds"}
-
-
-class Started:
-    """A command in a process, and a temporary folder, of its own."""
-
-    def __init__(self, folder: Path, *arguments: object, **options: Any) -> None:
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
-            [*options.pop("prefix", ()), str(SCRIPT), *(str(argument) for argument in arguments)],
-            cwd=folder,
-            env=ENVIRONMENT | {"TMPDIR": str(self.temporary)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
-        )
-
-    def wait_for(self, path: Path) -> None:
-        end = time.monotonic() + PATIENCE
-        while not path.exists() and self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
-
-    def end(self) -> tuple[int, str, str]:
-        stdout, stderr = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, stdout, stderr
-
-    def killed(self, after: float) -> bool:
-        """SIGKILL after so many seconds; whether it was still running. No child of it lives on."""
-        try:
-            self.process.wait(after)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.end()
-        end = time.monotonic() + 10
-        while (left := self.children()) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert not left, left
-        return self.process.returncode == -signal.SIGKILL
-
-    def children(self) -> list[str]:
-        """Command lines that name this command's temporary folder: the reader of the checkpoint does."""
-        lines = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            lines += [line] if str(self.temporary) in line else []
-        return lines
 
 
 @pytest.fixture
@@ -111,17 +59,6 @@ def unbroken(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFac
     done = script(*PURIFY, cwd=folder)
     assert done.returncode in (0, 1), done.stderr
     return folder / "purified", time.monotonic() - start
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder; times in run.json left out."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        if path.name == "run.json":
-            content = json.dumps({k: v for k, v in json.loads(content).items() if k not in TIMES}).encode()
-        found[path.relative_to(folder).as_posix()] = content
-    return found
 
 
 def is_kept(folder: Path) -> bool:
@@ -248,10 +185,6 @@ def cli_in(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 # A hostile environment
 
 
-def limited(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_a_full_disk_at_any_file(
     folder: Path, tiny_run: Path, exported: Path, amount: Amount, figures: Figures
 ) -> None:
@@ -273,24 +206,6 @@ def test_a_full_disk_at_any_file(
             assert files(folder / "bundle") == files(exported)
             refusals += 1
     figures.add("crashes", "full disks, at files of seeded sizes: exit 2, the earlier output untouched", refusals)
-
-
-def powerless() -> tuple[str, ...]:
-    """What takes root's right to ignore permissions away; nothing for other users."""
-    if os.geteuid() != 0:
-        return ()
-    if shutil.which("setpriv") is None:
-        pytest.skip("root writes everywhere, and there is no setpriv to prevent it")
-    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-
-
-@pytest.fixture
-def readonly(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "readonly"
-    place.mkdir()
-    place.chmod(0o500)
-    yield place
-    place.chmod(0o700)
 
 
 def test_an_output_or_a_temporary_folder_that_cannot_be_written(
@@ -359,8 +274,9 @@ def test_of_two_commands_on_one_output_the_second_is_refused(
         (("export", "--run", tiny_run, "--out", "bundle"), "bundle"),
     ):
         first = Started(folder, *arguments)
-        first.wait_for(folder / f".{name}.lock")
-        second = Started(folder, *arguments).end()
+        first.wait_for(folder / f".{name}.partial")
+        with first.halted():  # or it might have ended before the second one gets to the lock
+            second = Started(folder, *arguments).end()
         assert second[:2] == (2, ""), second
         assert "another command is writing" in second[2]
         found = first.end()

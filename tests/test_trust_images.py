@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -62,11 +63,11 @@ def assert_tame(*texts: str) -> None:
 
 
 def test_fuzzed_images_give_an_answer_or_an_error_of_ours(
-    tiny_bundle: Path, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
+    served_bundle: Path, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
 ) -> None:
     """Half of them with warnings as errors; in a process of its own, so that the peak is theirs alone."""
     count = amount(1500, 20_000)
-    command = [sys.executable, SCRIPT, tiny_bundle, tmp_path, count, 0]
+    command = [sys.executable, SCRIPT, served_bundle, tmp_path, count, 0]
     run = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=900, check=False
     )
@@ -233,6 +234,26 @@ def test_purify_export_and_the_card_show_class_names_tamely(
     for markup in ("<script>", "![x](", "[bold red]", "http://evil/x.png)"):
         assert markup not in card
     assert all(name not in (bundle / "sbom.cdx.json").read_text(encoding="utf-8") for name in NASTY[:2])
+
+
+@given(st.lists(NAMES, min_size=1, max_size=3))
+@example(list(NASTY))
+@settings(max_examples=100, deadline=None)
+def test_tables_of_evidence_show_class_names_tamely(names: list[str]) -> None:
+    """A target is a class, whose name comes from a folder; a line's other texts are as little trusted."""
+    pytest.importorskip("torch")
+    from lines import line
+
+    from cbpt_guard.bench.summary import summary
+    from cbpt_guard.bench.table import table
+
+    lines = [line(target=name, verdict=name, seed=seed) for seed, name in enumerate(names)]
+    for text in (table(lines), table([line(implant=names[0], target=names[0])]), summary(lines)):
+        assert_tame(text)
+        rows = [row for row in text.splitlines() if row.startswith("|")]
+        assert all(re.search(r"(?<!\\)[<`\[]", row) is None for row in rows)
+    (head, _, *body) = [row for row in table(lines).splitlines() if row.startswith("| ") and "Machine" not in row][:3]
+    assert len(re.findall(r"(?<!\\)\|", body[0])) == head.count("|")
 
 
 @given(NAMES)

@@ -28,26 +28,28 @@ def run(*arguments: object) -> dict[str, Any]:
 
 
 def test_eight_threads_get_the_answers_that_one_gets(
-    pristine_bundle: Path, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
+    served_bundle: Path, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
 ) -> None:
     wanted = amount(4_000, 50_000)
-    found = run("serve", pristine_bundle, tmp_path, "--predictions", wanted, "--threads", 8)
+    found = run("serve", served_bundle, tmp_path, "--predictions", wanted, "--threads", 8)
     assert wanted <= found["predictions"] <= wanted + load_run.LIST
     assert found["bad"] == 0.01
     assert found["differing"] == 0
     assert found["threads left"] == 0
+    assert found["files left"] == 0
     assert found["growth MiB"] < MOST_GROWTH
     figures.add("load", "predictions from 8 threads, 1 % of them bad inputs", found["predictions"])
     figures.add("load", "of them unlike the single-threaded answer", found["differing"])
     figures.add("load", "growth of resident memory over the second half, MiB", found["growth MiB"])
     figures.add("load", "threads left behind", found["threads left"])
+    figures.add("load", "file handles left behind", found["files left"])
 
 
 def test_loading_and_dropping_leaves_no_memory_and_no_file_open(
-    pristine_bundle: Path, amount: Callable[[int, int], int], figures: Figures
+    served_bundle: Path, amount: Callable[[int, int], int], figures: Figures
 ) -> None:
     times = amount(40, 200)
-    found = run("reload", pristine_bundle, "--times", times)
+    found = run("reload", served_bundle, "--times", times)
     assert found["files left"] == 0
     assert found["growth MiB"] < MOST_GROWTH
     figures.add("load", "times loaded and dropped", times)

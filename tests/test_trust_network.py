@@ -1,4 +1,4 @@
-"""Nothing is ever fetched and no socket opened: a process that opens one ends at once."""
+"""Nothing is ever fetched and no socket opened: a process that opens one ends at once, and so do its children."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import malformed
 import pytest
-from commands import QUICK, python
+from commands import ENVIRONMENT, QUICK, python
 from figures import Figures
 from PIL import Image
 
@@ -23,8 +23,8 @@ def forbid(event, arguments):
         os._exit(99)
 sys.addaudithook(forbid)
 """
-COMMANDS = f"""{HOOK}
-import json
+COMMANDS = """
+import json, sys
 from cbpt_guard.cli import main
 codes = []
 for arguments in json.loads(sys.argv[1]):
@@ -34,6 +34,21 @@ for arguments in json.loads(sys.argv[1]):
     except SystemExit as end:
         codes.append(end.code)
 print(json.dumps(codes))
+"""
+PLAN = """
+[datasets.digits]
+model = "suspect.pt"
+train = "data"
+clean = "data"
+test = "data"
+[implants.patch]
+dataset = "digits"
+attacks = {{ patch = "{target}" }}
+folder = "."
+[[cells]]
+implants = ["patch"]
+defenses = ["none"]
+shots = [8]
 """
 READER = f"{HOOK}\nfrom pathlib import Path\nfrom cbpt_guard.defense.reader import report_on\n"
 LIBRARY = f"""{HOOK}
@@ -54,8 +69,26 @@ def test_the_hook_can_bite(code: str, tmp_path: Path) -> None:
     assert "NETWORK" in found.stderr
 
 
+@pytest.fixture
+def forbidden(tmp_path: Path) -> dict[str, str]:
+    """An environment in which every Python process has the hook from its first line on."""
+    place = tmp_path / "hook"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+    return ENVIRONMENT | {"PYTHONPATH": str(place)}
+
+
+def test_the_hook_bites_in_children_too(forbidden: dict[str, str], tmp_path: Path) -> None:
+    code = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', 'import socket; socket.socket()']))"
+    assert python(code, cwd=tmp_path, env=forbidden).returncode == 99
+
+
 def test_the_whole_road_opens_no_socket(
-    request: pytest.FixtureRequest, tmp_path: Path, amount: Callable[[int, int], int], figures: Figures
+    request: pytest.FixtureRequest,
+    forbidden: dict[str, str],
+    tmp_path: Path,
+    amount: Callable[[int, int], int],
+    figures: Figures,
 ) -> None:
     """Commands and the library from the suspect to the answers; the short form takes a finished run."""
     steps = [
@@ -72,11 +105,15 @@ def test_the_whole_road_opens_no_socket(
         (tmp_path / "quick.toml").write_text(QUICK, encoding="utf-8")
         source, data = str(suspect.folder), str(suspect.data)
         steps.insert(0, ["purify", "--model", source, "--data", data, "--settings", "quick.toml"])
+        (tmp_path / "plan.toml").write_text(PLAN.format(target=suspect.report.target), encoding="utf-8")
+        (tmp_path / "data").symlink_to(suspect.data)
+        roots = ["--root", source, "--root", "."]
         steps.append(["evaluate", "bundle", "--data", data])
-        codes = [(0, 1), *codes, (0,)]  # so quick a run need not end guarded
+        steps.append(["bench", "run", "--plan", "plan.toml", *roots, "--out", "lines.jsonl", "--work", "work"])
+        codes = [(0, 1), *codes, (0,), (0,)]  # so quick a run need not end guarded
     else:
         shutil.copytree(request.getfixturevalue("tiny_run"), tmp_path / "purified")
-    road = python(COMMANDS, json.dumps(steps), cwd=tmp_path)
+    road = python(COMMANDS, json.dumps(steps), cwd=tmp_path, env=forbidden)
     assert "NETWORK" not in road.stderr
     assert road.returncode == 0, road.stderr
     found = json.loads(road.stdout.splitlines()[-1])

@@ -19,6 +19,7 @@ from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.errors import SetupError
 from cbpt_guard.images import Pixels, Preprocess
 
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -109,14 +110,22 @@ def train_digits_clip(
 
 
 def write_suspect(clip: FrozenClip, folder: Path) -> Path:
-    """Write `suspect.pt`, an open_clip training checkpoint, and `open_clip_config.json`; returns the checkpoint."""
+    """Write `suspect.pt`, an open_clip training checkpoint, and `open_clip_config.json`; returns the checkpoint.
+
+    Raises:
+        SetupError: the disk refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     preprocess: dict[str, Any] = clip.preprocess.model_dump(exclude={"size"})
     config = {"model_cfg": clip.config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors = {name: value.cpu() for name, value in clip.model.state_dict().items()}
-    torch.save({"epoch": 1, "name": "suspect", "state_dict": tensors}, folder / "suspect.pt")
-    return folder / "suspect.pt"
+    path = folder / "suspect.pt"
+    try:
+        torch.save({"epoch": 1, "name": "suspect", "state_dict": tensors}, path)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise SetupError(f"writing {path} failed: {str(error).splitlines()[0]}") from error
+    return path
 
 
 def write_class_folders(data: LabelledImages, folder: Path, per_class: int | None = None) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -110,7 +112,8 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answering, args=(theirs, work, arguments, start))
-    process.start()
+    with _deaf_to_ctrl_c():
+        process.start()
     theirs.close()
     try:
         result: Result | CbptGuardError = ours.recv()
@@ -129,6 +132,19 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
     return result
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Whatever starts meanwhile never sees Ctrl-C, which a terminal sends to all: this process ends it, in few words.
+
+    Blocked, not ignored: a Ctrl-C that comes meanwhile reaches this process right afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _answering(
     answer: Connection, work: Callable[..., object], arguments: tuple[object, ...], start: Callable[[], None]
 ) -> None:
@@ -138,6 +154,8 @@ def _answering(
         result = work(*arguments)
     except CbptGuardError as error:
         result = error
+    except OSError as error:  # a full disk, a folder that was taken away
+        result = SetupError(f"measuring failed: {error}")
     answer.send(result)
 
 

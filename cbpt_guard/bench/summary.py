@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
-from cbpt_guard.bench.table import joined
+from cbpt_guard.bench.table import joined, tame
 
 _HEAD = (
     "defence",
@@ -27,6 +27,7 @@ def summary(lines: Sequence[Line]) -> str:
     The mean over an attack's seeds comes first, then the mean over attacks; the worst attack is the worst of those
     means. A defence that was run on some attacks only is compared with CBPT on the same ones in the full table.
     """
+    lines = tame(lines)
     counted = [line for line in lines if line.attack not in (OFF, CONTROL) and line.took is not False]
     settings = dict.fromkeys((line.dataset, line.shots) for line in counted)
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -19,6 +20,8 @@ COLUMNS = {
 BETTER = {"CA": 1, "ASR": -1, "PA": 1, "target's recall": 1}
 """Columns in which a rival can win, and which way: the largest share has no better side of its own."""
 _DIGITS = 1
+_TEXTS = ("dataset", "implant", "attack", "defense", "target", "verdict", "split", "machine")
+_ACTIVE = re.compile(r"([\\`*_\[\]<>|&!])")
 
 
 class Row(NamedTuple):
@@ -53,6 +56,17 @@ def rows(lines: Iterable[Line]) -> Rows:
     return dict(sorted(found.items(), key=lambda item: [o.index(v) for o, v in zip(orders, item[0], strict=True)]))
 
 
+def tame(lines: Iterable[Line]) -> list[Line]:
+    """The lines with their texts as Markdown shows them, on one line each: class names come from strangers."""
+    return [line.model_copy(update={name: _tame(getattr(line, name)) for name in _TEXTS}) for line in lines]
+
+
+def _tame(text: str | None) -> str | None:
+    if text is None:
+        return None
+    return _ACTIVE.sub(r"\\\1", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
+
+
 def percents(lines: Sequence[Line], column: str) -> float:
     """Mean over seeds, in %, as it is shown: what cannot be seen is no difference."""
     shares: list[float] = [getattr(line, COLUMNS[column]) for line in lines]
@@ -70,6 +84,7 @@ def wins(found: Rows, row: Row) -> list[str]:
 
 def table(lines: Sequence[Line]) -> str:
     """The whole of it: a table for each data set and number of shots, the controls, lost cells, sanity, cost."""
+    lines = tame(lines)
     found = rows(lines)
     if not found:
         return "No line has been measured yet."
