@@ -235,7 +235,9 @@ def refused() -> str:
     rows = ["| why | architectures |", "|---|---|"]
     rows += [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(reasons.items(), reverse=True)]
     others = len(openclip.architecture_names()) - sum(map(len, reasons.values()))
-    return "\n".join([*rows, "", f"The other {others} of open_clip {openclip.VERSION}'s names are taken by their config."])
+    return "\n".join(
+        [*rows, "", f"The other {others} of open_clip {openclip.VERSION}'s names are taken by their config."]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every block of docs/migrate.md runs as it stands; Hugging Face's finds a small model where it names a published one."""
+"""Every block of docs/migrate.md runs as it stands; Hugging Face's finds a small model under a published name."""
 
 from __future__ import annotations
 

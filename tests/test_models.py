@@ -5,7 +5,6 @@ Here each family is small; `-m slow` takes open_clip's own sizes. What cannot ru
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +25,7 @@ from cbpt_guard.defense.openclip import ModelConfig, Tokenizer
 from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.errors import CheckpointError, InputError
-from cbpt_guard.export import export, parity, write
-from cbpt_guard.export.parts import read_parts
+from cbpt_guard.export import export, write
 from cbpt_guard.images import Preprocess
 
 torch.set_num_threads(1)

@@ -106,7 +106,7 @@ def preprocess_of(family: Family, config: ModelConfig) -> Preprocess:
 def write_model(
     folder: Path, family: Family, config: ModelConfig, pictures: LabelledImages, template: str = TEMPLATE
 ) -> Made:
-    """A checkpoint that tells the classes of `pictures` apart by its prompts; `folder` takes it, config and tokenizer."""
+    """A checkpoint whose prompts tell the classes of `pictures` apart, with config and tokenizer, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer" if config["text_cfg"].get("hf_tokenizer_name") else None
     if tokenizer is not None:

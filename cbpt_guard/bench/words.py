@@ -12,9 +12,11 @@ _PAD, _UNKNOWN = "<pad>", "<unk>"
 
 
 def write_tokenizer(folder: Path, classes: Sequence[str], template: str) -> Path:
-    """Letters, digits, and words of the template and the class names, one id each; `folder` is what `--tokenizer` takes."""
+    """Letters, digits, words of the template and the class names; `folder` is what `--tokenizer` takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = sorted({*re.findall(r"\w+", " ".join([template, *classes]).lower()), *string.ascii_lowercase, *string.digits})
+    words = sorted(
+        {*re.findall(r"\w+", " ".join([template, *classes]).lower()), *string.ascii_lowercase, *string.digits}
+    )
     vocabulary = {word: number for number, word in enumerate([_PAD, _UNKNOWN, *words])}
     special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
