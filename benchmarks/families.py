@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import onnxruntime
 import torch
 from PIL import Image
+from timing import own_seconds
 from torch import nn
 
 from cbpt_guard import GuardedClassifier, __version__
@@ -149,15 +149,15 @@ def top1(guard: GuardedClassifier, run: Any, pixels: np.ndarray, bound: float) -
 
 
 def answer_ms(guard: GuardedClassifier, images: list[np.ndarray]) -> float:
-    """Milliseconds for each image of one batch, the median of five."""
+    """Milliseconds of processor time for each image of one batch, the median of five."""
     guard.predict(images)
     return 1000 * float(np.median([timed(lambda: guard.predict(images))[1] for _ in range(5)])) / len(images)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and its seconds."""
-    started = time.monotonic()
-    return work(), time.monotonic() - started
+    """What it returns, and its seconds of processor time: neighbours on the machine change little there."""
+    started = own_seconds()
+    return work(), own_seconds() - started
 
 
 def write_page() -> None:
@@ -187,10 +187,10 @@ def measured(last: dict[tuple[str, str], Line]) -> str:
     rows += [
         "",
         f"On {first['machine']}, open_clip {first['open_clip']}, torch {first['torch']}, onnxruntime "
-        f"{first['onnxruntime']}. purify in {few_steps().inversion.agnostic_steps} to",
-        f"{few_steps().tuning.epochs} steps a stage; an answer in a batch of {ANSWERED}, for each image. "
-        "Printed by `python benchmarks/families.py table`",
-        "from `benchmarks/families.jsonl`.",
+        f"{first['onnxruntime']}. Times are processor time",
+        f"of all cores together: a purification in a few steps on {len(CLASSES) * (TUNED + HELD)} photographs, its "
+        f"export, and the answer for one image in a batch of {ANSWERED}.",
+        "Printed by `python benchmarks/families.py table` from `benchmarks/families.jsonl`.",
     ]
     return "\n".join(rows)
 

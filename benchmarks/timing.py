@@ -19,11 +19,11 @@ class Watch:
     """How many cores other processes took on average, from its making on."""
 
     def __init__(self) -> None:
-        self._started, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        self._started, self._busy, self._own = time.monotonic(), _busy_seconds(), own_seconds()
 
     def others(self) -> float:
         """Cores, 0.0 on a machine of one's own. Children count as one's own once they have ended."""
-        taken = (_busy_seconds() - self._busy) - (_own_seconds() - self._own)
+        taken = (_busy_seconds() - self._busy) - (own_seconds() - self._own)
         return max(0.0, taken / (time.monotonic() - self._started))
 
 
@@ -34,7 +34,8 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_seconds() -> float:
+def own_seconds() -> float:
+    """Processor seconds of this process, its threads and the children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
