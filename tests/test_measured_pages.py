@@ -50,7 +50,6 @@ def test_every_family_stands_in_the_table_of_models(commands: tuple[ModuleType, 
     assert {name for name, _ in found} == {family.architecture for family in FAMILIES}
     for line in found.values():
         assert line["images"] >= 200
-        assert line["top1"] == 1.0
         assert line["max_logit_difference"] <= line["bound"]
 
 
