@@ -43,9 +43,10 @@ from cbpt_guard.images import Pixels, Preprocess, load_image, prepare
 
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "runtime.jsonl", HERE.parent / "docs" / "serving.md"
-TIMELESS = ("memory", "installed_size")  # neighbours change nothing there
+TIMELESS = ("memory", "settings_and_memory", "installed_size")  # neighbours change nothing there
 QUIET, PAUSE = 0.1, 20.0  # cores that others may take; seconds until the next attempt
 START, STOP = "<!-- measured -->", "<!-- /measured -->"
+RESIDENT = "print(int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6)"
 VIT, MOBILE = "ViT-B-32", "mobilenet-clip"
 Line = dict[str, Any]
 
@@ -235,14 +236,45 @@ def start_up(work: Work) -> list[Line]:
 
 def memory(work: Work) -> list[Line]:
     """Memory of a process after load over one with the raw session, in MB."""
-    resident = "print(int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6)"
-    ours = f"import sys, cbpt_guard; g = cbpt_guard.GuardedClassifier.load(sys.argv[1]); {resident}"
+    ours = f"import sys, cbpt_guard; g = cbpt_guard.GuardedClassifier.load(sys.argv[1]); {RESIDENT}"
     theirs = (
         "import sys, numpy, PIL.Image, onnxruntime; p = ['CPUExecutionProvider']; "
-        f"s = onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=p); {resident}"
+        f"s = onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=p); {RESIDENT}"
     )
     found = in_turns(ours, theirs, (work.bundle(VIT),), work.rounds(5), "mb")
     return [{"model": VIT, "must": ["<=", 1.1], **found}]
+
+
+def settings_and_time(work: Work) -> list[Line]:
+    """`predict` with a setting of `load` over `predict` with its default."""
+    guard, lines = GuardedClassifier.load(work.bundle(VIT)), list[Line]()
+    for batch, settings in ((1, {"spin": True}), (32, {"spin": True}), (32, {"threads": 1}), (32, {"arena": False})):
+        other, images = GuardedClassifier.load(work.bundle(VIT), **settings), list(noise(VIT, batch, work))  # type: ignore[arg-type]
+        found = interleaved(
+            lambda g=other, i=images: g.predict(i),
+            lambda g=guard, i=images: g.predict(i),
+            work.rounds(40 if batch == 1 else 7),
+        )
+        lines.append({"model": VIT, "batch": batch, "setting": named(settings), "must": None, **found})
+    return lines
+
+
+def settings_and_memory(work: Work) -> list[Line]:
+    """Memory after 32 images with a setting of `load` over that with its default, in MB."""
+    code = (
+        "import sys, numpy, cbpt_guard; g = cbpt_guard.GuardedClassifier.load(sys.argv[1], {settings}); "
+        "s = g.manifest.preprocess.size; g.predict([numpy.zeros((s, s, 3), 'uint8')] * 32); " + RESIDENT
+    )
+    theirs, lines = code.format(settings=""), list[Line]()
+    for settings in ({"arena": False}, {"batch_size": 8}):
+        found = in_turns(code.format(settings=named(settings)), theirs, (work.bundle(VIT),), work.rounds(3), "mb")
+        lines.append({"model": VIT, "batch": 32, "setting": named(settings), "must": None, **found})
+    return lines
+
+
+def named(settings: dict[str, Any]) -> str:
+    """As `load` takes them."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def installed_size(work: Work) -> list[Line]:
@@ -295,6 +327,8 @@ ROWS: dict[str, Callable[[Work], list[Line]]] = {
         int8_against_torch,
         start_up,
         memory,
+        settings_and_time,
+        settings_and_memory,
         installed_size,
         ray_over_loop,
     )
@@ -363,8 +397,8 @@ def write_table() -> None:
 
 
 def last(lines: list[Line]) -> list[Line]:
-    """The last line of each row, model, batch and precision, in the order of `ROWS`."""
-    kept = {tuple(line.get(key) for key in ("row", "model", "batch", "precision")): line for line in lines}
+    """The last line of each row, model, batch, precision and setting, in the order of `ROWS`."""
+    kept = {tuple(line.get(key) for key in ("row", "model", "batch", "precision", "setting")): line for line in lines}
     return sorted(kept.values(), key=lambda line: list(ROWS).index(line["row"]))
 
 
@@ -372,7 +406,8 @@ def table(lines: list[Line]) -> str:
     """Markdown, one row per line; `kept` says whether the number is what it must be."""
     rows = ["| what | model | batch | measured | must | kept |", "|---|---|---|---|---|---|"]
     for line in lines:
-        what = (ROWS[line["row"]].__doc__ or "").strip().rstrip(".").replace("|", "\\|")
+        what = (ROWS[line["row"]].__doc__ or "").strip().rstrip(".")
+        what += f": `{line['setting']}`" if "setting" in line else ""
         sign, bound = line["must"] or ("", "as found")
         kept = {"<=": operator.le, ">=": operator.ge}[sign](line["ratio"], bound) if sign else ""
         measured, shown = f"{line['ratio']:.3g} {line.get('unit', '')}".strip(), f"{sign} {bound}".strip()
