@@ -59,6 +59,16 @@ def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
     }
 
 
+def processor_ms(work: Work) -> float:
+    """Milliseconds of processor time, all threads together, the median of three."""
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        work()
+        taken.append(1000 * (time.process_time() - started))
+    return statistics.median(taken)
+
+
 def fresh(code: str, *arguments: object) -> float:
     """The number that Python code prints in a process of its own; `sys.argv[1:]` are the arguments."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
