@@ -5,6 +5,7 @@ Here each family is small; `-m slow` takes open_clip's own sizes. What cannot ru
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,11 @@ def test_a_small_one_of_the_family_goes_the_whole_road(family: Family, pictures:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
 def test_open_clips_own_size_goes_the_whole_road(family: Family, pictures: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(torch.get_num_threads())
-    check(travel(family, family.config, pictures, tmp_path), family, pictures)
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        check(travel(family, family.config, pictures, tmp_path), family, pictures)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_small_ones_keep_what_makes_a_family() -> None:
