@@ -1,11 +1,12 @@
 """Measure the runtime against the bare encoder, and write docs/serving.md's table.
 
-    python benchmarks/runtime.py measure --shared ../shared --work WORK [--rows NAME ...] [--short] [--patience N]
+    python benchmarks/runtime.py measure --shared ../shared --work WORK [--rows NAME ...] [--short] [--patience N] [--quiet CORES]
     python benchmarks/runtime.py table
 
 Ratios of interleaved runs, medians, in the default environment: no tuning variables, default arguments of `load`.
 `measure` appends lines to runtime.jsonl; `--short` takes few rounds and writes nothing. A row during which other
-processes took more than a tenth of a core is measured again, whatever it gave, and left out when patience ends.
+processes took more than a tenth of a core (or `--quiet`) is measured again, whatever it gave, and left out when
+patience ends; each line says what they took.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     measuring.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     measuring.add_argument("--short", action="store_true")
     measuring.add_argument("--patience", type=int, default=5, help="how often a disturbed row is tried")
+    measuring.add_argument("--quiet", type=float, default=QUIET, help="cores that other processes may take")
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "table":
@@ -83,7 +85,7 @@ def main() -> None:
         return
     work = Work({name: made(name, args.shared, args.work) for name in (VIT, MOBILE)}, args.short)
     for name in args.rows:
-        lines = undisturbed(name, work, args.patience)
+        lines = undisturbed(name, work, args.patience, args.quiet)
         for line in lines:
             print(json.dumps(line), flush=True)
         if not args.short:
@@ -91,13 +93,13 @@ def main() -> None:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def undisturbed(name: str, work: Work, patience: int) -> list[Line]:
+def undisturbed(name: str, work: Work, patience: int, quiet: float) -> list[Line]:
     """A row's lines, of the first attempt during which nobody else computed; none if there was no such."""
     for _ in range(patience):
         watch = Watch()
         lines = [{"row": name, **measured, **circumstances()} for measured in ROWS[name](work)]
         others = round(watch.others(), 3)
-        if others <= QUIET or name in TIMELESS:
+        if others <= quiet or name in TIMELESS:
             return [{**line, "others": others} for line in lines]
         shown = ", ".join(f"{line['ratio']}" for line in lines)
         print(f"{name}: others took {others} cores ({shown}); again", file=sys.stderr, flush=True)
@@ -170,9 +172,9 @@ def many_jpegs(work: Work) -> list[Line]:
             for start in range(0, count, 32):
                 session.run(None, {"image": pixels[start : start + 32]})
 
-        parts = interleaved(run, decode, work.rounds(5))
+        parts = interleaved(run, decode, work.rounds(3))
         slower = run if parts["ratio"] > 1 else decode
-        found = interleaved(lambda g=guard: g.predict(files), slower, work.rounds(7))
+        found = interleaved(lambda g=guard: g.predict(files), slower, work.rounds(5))
         # however they share the cores, the two cannot end before the processor time of both is used up
         needed = processor_ms(lambda g=guard, p=pixels: g.run(p)) + processor_ms(decode)
         least = needed / (os.cpu_count() or 1) / max(parts["ours_ms"], parts["theirs_ms"])
@@ -420,7 +422,9 @@ def table(lines: list[Line]) -> str:
     rows += [
         "",
         f"On {first['machine']}, onnxruntime {first['onnxruntime']}, torch {first['torch']}; medians of interleaved",
-        "runs, default arguments. Printed by `python benchmarks/runtime.py table` from `benchmarks/runtime.jsonl`.",
+        f"runs, default arguments, other processes taking at most {max(line['others'] for line in lines):.2g} cores. "
+        "Printed by",
+        "`python benchmarks/runtime.py table` from `benchmarks/runtime.jsonl`.",
     ]
     return "\n".join(rows)
 
