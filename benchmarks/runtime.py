@@ -1,6 +1,7 @@
 """Measure the runtime against the bare encoder, and write docs/serving.md's table.
 
-    python benchmarks/runtime.py measure --shared ../shared --work WORK [--rows NAME ...] [--short] [--patience N] [--quiet CORES]
+    python benchmarks/runtime.py measure --shared ../shared --work WORK [--rows NAME ...] [--short]
+                                         [--patience N] [--quiet CORES]
     python benchmarks/runtime.py table
 
 Ratios of interleaved runs, medians, in the default environment: no tuning variables, default arguments of `load`.
