@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parents[1]
 SERVE, PURIFY, FLOOR = "requirements.lock", "requirements-purify.lock", "constraints-floor.txt"
 WHERE = ("--python-version", "3.11", "--python-platform", "linux", "--no-header", "--no-annotate")
 WHEEL = ("cbpt_guard", "export", "cli", "pyproject.toml", "README.md", "LICENSE")
-TESTS = ("bundle", "classifier", "images", "metrics", "files", "supply", "trust_images")
+TESTS = ("bundle", "classifier", "session", "format", "images", "metrics", "files", "supply", "trust_images")
 TOOLS = ("pytest", "hypothesis", "onnx")
 """What those tests take beside the runtime; `onnx` writes their graphs."""
 

@@ -1,8 +1,9 @@
-"""How the runtime's measurements are taken: interleaved runs, medians of ratios; memory and time in fresh processes."""
+"""How the runtime's measurements are taken: interleaved runs, medians of ratios, and nobody else at the processor."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,31 @@ from typing import Any
 
 Work = Callable[[], object]
 _PAUSE = 0.02  # a session's threads may spin for a moment after a run, and the other must not pay for that
+
+
+class Watch:
+    """How many cores other processes took on average, from its making on."""
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._own = time.monotonic(), _busy_seconds(), own_seconds()
+
+    def others(self) -> float:
+        """Cores, 0.0 on a machine of one's own. Children count as one's own once they have ended."""
+        taken = (_busy_seconds() - self._busy) - (own_seconds() - self._own)
+        return max(0.0, taken / (time.monotonic() - self._started))
+
+
+def _busy_seconds() -> float:
+    """What all processors together have computed since the machine started."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _, _, irq, softirq, steal = (int(part) for part in file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Processor seconds of this process, its threads and the children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
@@ -31,6 +57,16 @@ def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
         "theirs_ms": round(statistics.median(times[theirs]), 3),
         "rounds": rounds,
     }
+
+
+def processor_ms(work: Work) -> float:
+    """Milliseconds of processor time, all threads together, the median of three."""
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        work()
+        taken.append(1000 * (time.process_time() - started))
+    return statistics.median(taken)
 
 
 def fresh(code: str, *arguments: object) -> float:

@@ -56,7 +56,7 @@ def to_onnx(graph: GuardedGraph, size: int, opset: int) -> bytes:
         InputError: the opset is out of range, or the weights are too large for one ONNX file.
     """
     check_opset(opset)
-    _check_size(graph)
+    check_size(graph)
     example = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
     with _quiet():
         try:
@@ -79,12 +79,13 @@ def to_onnx(graph: GuardedGraph, size: int, opset: int) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _check_size(graph: GuardedGraph) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
+def check_size(module: nn.Module, name: str = "this model") -> None:
+    """Refuse an image encoder whose weights no ONNX file can hold, with `InputError`; `meta` tensors will do."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if size > _ONE_FILE:
         raise InputError(
-            f"the image encoder's weights take {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB and "
-            "weights beside it are not supported"
+            f"{name} cannot be exported: its image encoder's weights take {size / 1e9:.1f} GB; one ONNX file holds at "
+            "most 2 GB and weights beside it are not supported"
         )
 
 

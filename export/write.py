@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
+
+from torch import nn
 
 import cbpt_guard
 from cbpt_guard.bundle import (
@@ -23,6 +25,7 @@ from cbpt_guard.bundle import (
     file_entry,
     write_manifest,
 )
+from cbpt_guard.defense.openclip import build
 from cbpt_guard.defense.run import PROMPTS as RUN_PROMPTS
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.errors import CheckError, InputError
@@ -30,7 +33,7 @@ from cbpt_guard.export.card import card
 from cbpt_guard.export.checks import check_graph
 from cbpt_guard.export.gate import check_gate
 from cbpt_guard.export.golden import golden_tolerance, save_golden
-from cbpt_guard.export.graph import check_opset, to_onnx
+from cbpt_guard.export.graph import check_opset, check_size, to_onnx
 from cbpt_guard.export.parity import measure_parity
 from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.export.precision import check_precisions
@@ -82,6 +85,7 @@ def export(
     check_opset(opset)
     precisions = check_precisions(precision)
     check_layout(layout, precisions)
+    _check_model(run)
     _check_target(run, target)
     with staged(target, force=force) as folder:
         bundle = folder / VERSION if layout == "triton" else folder
@@ -175,6 +179,12 @@ def _check_verdict(run: PurifyRun, allow_unguarded: bool) -> None:
             f"{run.path} is {verdict.name} ({reasons}); purify again with other settings or more images, "
             "or pass `--allow-unguarded` to export it all the same"
         )
+
+
+def _check_model(run: PurifyRun) -> None:
+    """Refuse an image encoder that no ONNX file can hold by its name, before its weights are read."""
+    model = run.record.model
+    check_size(cast(nn.Module, build(model.config).visual), model.architecture)
 
 
 def _check_target(run: PurifyRun, out: Path) -> None:

@@ -222,6 +222,7 @@ def test_verify_answers_1_for_another_bundle(tiny_bundle: Path) -> None:
         (["missing"], ("missing",), 2),
         (["."], ("manifest.json",), 1),
         (["BUNDLE", "--digest", "12"], ("sha256:", "64 hexadecimal"), 2),
+        (["BUNDLE", "--run", "missing"], ("`--run` is for the comparison with torch", "--deep"), 2),
         (["BUNDLE", "--deep", "--run", "missing"], ("missing is no run directory",), 2),
     ],
 )
@@ -269,8 +270,9 @@ def test_predict_as_json_equals_the_library(tiny_bundle: Path, images: list[Path
     result = cli("predict", tiny_bundle, *images, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     guard = GuardedClassifier.load(tiny_bundle)
-    for line, path in zip(result.stdout.splitlines(), images, strict=True):
-        assert json.loads(line) == {"path": str(path)} | guard.predict(path).to_dict()
+    answers = guard.predict(images)
+    for line, path, answer in zip(result.stdout.splitlines(), images, answers, strict=True):
+        assert json.loads(line) == {"path": str(path)} | answer.to_dict()
 
 
 def test_predict_finishes_all_and_answers_1_if_one_failed(tiny_bundle: Path, images: list[Path]) -> None:
@@ -336,15 +338,22 @@ def test_demo_answers_1_when_it_did_not_show_its_point(monkeypatch: pytest.Monke
         bundle="demo/bundle",
         picture="demo/picture.png",
     )
-    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", lambda *_, **__: report)
-    shutil.copytree(tiny_run, "demo/purified")
+
+    reports = [report]
+
+    def made(*_: object, **__: object) -> DemoReport:
+        shutil.copytree(tiny_run, "demo/purified")
+        return reports[-1]
+
+    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", made)
     result = cli("demo", "--json")
     assert result.exit_code == 1
     assert "the poison did not take: ASR 50.0%" in result.stderr
     assert "the guard did not hold: ASR 20.0%" in result.stderr
     assert DemoReport.model_validate_json(result.stdout) == report
-    good = report.model_copy(update={"undefended": Counts(ca=0.9, asr=1, pa=0), "guarded": Counts(ca=0.9, asr=0, pa=1)})
-    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", lambda *_, **__: good)
+    good = {"undefended": Counts(ca=0.9, asr=1, pa=0), "guarded": Counts(ca=0.9, asr=0, pa=1)}
+    reports.append(report.model_copy(update=good))
+    shutil.rmtree("demo")
     assert cli("demo").exit_code == 0
 
 
@@ -352,8 +361,10 @@ def test_demo_keeps_what_is_there_unless_forced(folder: Path) -> None:
     (folder / "demo").mkdir()
     result = cli("demo")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].startswith("error: demo exists already; pass `--force`")
-    assert list(folder.iterdir()) == [folder / "demo"]
+    assert result.stderr.startswith("error: demo exists already; pass `--force`")
+    (folder / "demo" / "mine.txt").write_text("precious")
+    assert_refused(cli("demo", "--force"), "demo holds no report.json", "not replaced")
+    assert [path.name for path in folder.rglob("*")] == ["demo", "mine.txt"]
 
 
 def test_demo_whose_run_is_not_guarded_answers_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Other implementations read the served graph alike, and every later version reads a bundle of format 1."""
+"""Other implementations of ONNX read the served graph as onnxruntime does."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,13 @@ import onnx
 import pytest
 import small_clips
 from onnx.reference import ReferenceEvaluator
-from PIL import Image
 from small_runs import write_run
 
-from cbpt_guard import GuardedClassifier
-from cbpt_guard.bundle import GRAPH_INPUT, GRAPH_OUTPUTS, open_bundle
+from cbpt_guard.bundle import GRAPH_INPUT, GRAPH_OUTPUTS
 from cbpt_guard.defense.run import PurifyRun
-from cbpt_guard.export import gate, graph, verify
+from cbpt_guard.export import gate, graph
 from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.session import Outputs, Session
-
-FORMAT_1 = Path(__file__).parent / "fixtures" / "bundle-v1"
 
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])
@@ -73,21 +68,3 @@ def test_openvino_answers_alike_in_every_batch(served: tuple[Parts, bytes]) -> N
         found = [compiled(images[start : start + batch]) for start in range(0, len(images), batch)]
         columns = [np.concatenate([part[name] for part in found]) for name in GRAPH_OUTPUTS]
         agree(Outputs(*columns), ours(parts, data, images))
-
-
-def test_a_bundle_of_format_1_is_read_by_every_later_version() -> None:
-    """Made by the first version that wrote bundles, from a purified CLIP of digits; never made again."""
-    recorded = json.loads((FORMAT_1.parent / "bundle-v1.json").read_text())
-    report = verify(FORMAT_1, deep=True, digest=recorded["digest"])
-    assert {"files", "golden fp32", "graph model.onnx", "reference model.onnx"} <= {c.name for c in report.checks}
-    assert open_bundle(FORMAT_1).manifest.format == 1
-    guard = GuardedClassifier.load(FORMAT_1, threads=1, digest=recorded["digest"])
-    for name, wanted in recorded["answers"].items():
-        answer = guard.predict(Image.open(FORMAT_1.parent / name))
-        assert (answer.label, answer.triggered, answer.changed) == (
-            wanted["label"],
-            wanted["triggered"],
-            wanted["changed"],
-        )
-        assert answer.score == pytest.approx(wanted["score"], abs=1e-3)
-    assert {wanted["triggered"] for wanted in recorded["answers"].values()} == {True, False}

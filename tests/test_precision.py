@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import assert_refused, cli
 from onnx import TensorProto
 from small_runs import CLASSES, TARGET, write_run
 
@@ -158,6 +159,9 @@ def test_quantising_that_brings_the_backdoor_back_is_caught(tmp_path: Path, monk
     recorded = open_bundle(export(run, tmp_path / "other", precision=["int8"], allow_unguarded=True)).manifest
     assert recorded.variants["int8"].gate.found_trigger_asr > 0.05
     assert recorded.allow_unguarded
+    command = cli("export", "--run", run, "--out", tmp_path / "third", "--precision", "fp32", "--precision", "int8")
+    assert_refused(command, "int8 static does not pass its gate", "found-trigger ASR", "on 40 held-out images", code=1)
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.usefixtures("traced")

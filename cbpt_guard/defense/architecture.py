@@ -133,12 +133,28 @@ def _architecture(checkpoint: ReadCheckpoint, arch: str | None) -> _Architecture
     if arch is None:
         how = f"inferred: the only fit among the configs of open_clip {openclip.VERSION}"
         return _Architecture(fit.candidates(checkpoint.tensors), how, states_activation=False)
-    if arch in openclip.architecture_names() or not (Path(arch).suffix or Path(arch).exists()):
-        config = modelconfig.checked_model(openclip.named_config(arch))
+    config, named = _asked_for(arch)
+    if named:
         return _Architecture({arch: config}, "--arch", states_activation=arch.endswith(_TWIN))
-    file = Path(arch)
-    config = modelconfig.checked_model(modelconfig.read_config(file)["model_cfg"])
-    return _Architecture({_title(config): config}, f"--arch {file.name}", states_activation=True)
+    return _Architecture({_title(config): config}, f"--arch {Path(arch).name}", states_activation=True)
+
+
+def _asked_for(arch: str) -> tuple[ModelConfig, bool]:
+    """The config that `--arch` means, and whether it is one of open_clip's names."""
+    if arch in openclip.architecture_names() or not (Path(arch).suffix or Path(arch).exists()):
+        return modelconfig.checked_model(openclip.named_config(arch), arch), True
+    return modelconfig.checked_model(modelconfig.read_config(Path(arch))["model_cfg"], Path(arch).name), False
+
+
+def check_arch(arch: str | None) -> None:
+    """Refuse an `--arch` that cannot be used by its name, before the weights are read.
+
+    Raises:
+        CheckpointError: the architecture is not supported, or its numbers are of another world.
+        InputError: there is none of that name, or its file is malformed.
+    """
+    if arch is not None:
+        _asked_for(arch)
 
 
 def _title(config: ModelConfig) -> str:

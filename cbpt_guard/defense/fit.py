@@ -17,6 +17,14 @@ Shapes = dict[str, tuple[int, ...]]
 _TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 _UNKNOWN_TO_A_FILE = ("quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias")
 _NEAREST = 3
+_UNUSABLE = {
+    "text_decoder.": "CoCa (a captioning decoder)",
+    **dict.fromkeys(
+        (f"text.transformer.{part}." for part in ("embeddings", "encoder", "decoder", "layers")),
+        "a Hugging Face text tower",
+    ),
+}
+"""What only an architecture that `openclip.refusal` names has in its state dict."""
 
 
 class Difference(NamedTuple):
@@ -58,7 +66,10 @@ def fit(tensors: Mapping[str, Tensor], config: ModelConfig) -> Fitted:
     wanted = shapes(config)
     difference = _compare({name: tuple(value.shape) for name, value in tensors.items()}, wanted)
     if not difference.fits:
-        raise CheckpointError(f"the weights do not fit the architecture: {difference.describe()}")
+        raise CheckpointError(
+            f"the weights do not fit the architecture: {difference.describe()}; "
+            "pass the right one as `--arch NAME|FILE`, or mend the open_clip_config.json beside the file"
+        )
     by_plain_name = {_plain(name): value for name, value in tensors.items()}
     fitted: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -81,6 +92,7 @@ def candidates(tensors: Mapping[str, Tensor]) -> dict[str, ModelConfig]:
         CheckpointError: none fits; the nearest is named with what is wrong.
     """
     found = {name: tuple(value.shape) for name, value in tensors.items()}
+    _check_kind(found)
     known = facts(found)
     if not {"text width", "vision"} <= set(known):
         raise CheckpointError(
@@ -98,6 +110,14 @@ def candidates(tensors: Mapping[str, Tensor]) -> dict[str, ModelConfig]:
         listed = "; ".join(" = ".join(names) for names in groups.values())
         raise InputError(f"several architectures fit these weights ({listed}); name one with `--arch`")
     return fits
+
+
+def _check_kind(found: Shapes) -> None:
+    """Refuse what is a CLIP of a kind that cannot be used, by its name: no shape needs to be compared for that."""
+    for prefix, kind in _UNUSABLE.items():
+        name = next((name for name in found if name.startswith(prefix)), None)
+        if name is not None:
+            raise CheckpointError(f"this checkpoint cannot be used: {kind} is not supported; it holds {name}")
 
 
 def _exact(found: Shapes, config: ModelConfig) -> bool:

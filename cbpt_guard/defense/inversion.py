@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.found import Family, FoundTrigger
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import InversionSettings
 
+_PART = 16  # images whose activations are in memory at once
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
@@ -100,8 +102,12 @@ def invert_agnostic(
     answers = torch.zeros(rows.shape[0])
     for step in range(settings.agnostic_steps):
         index = clean.draw(settings.agnostic_batch, generator)
-        pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
-        features = clip.encode_images(pixels.to(clip.device)).cpu()
+        pixels = pattern.value(-1).apply(to_pixels(clean.images[index])).to(clip.device)
+        # the loss compares all images of the batch, but their activations need not be in memory at once
+        features = torch.cat(
+            [checkpoint(clip.encode_images, part, use_reentrant=False) for part in pixels.split(_PART)]
+        )
+        features = features.cpu()
         loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)
         optimiser.zero_grad()
         loss.backward()

@@ -87,8 +87,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def checked_model(config: Mapping[str, Any]) -> ModelConfig:
+def checked_model(config: Mapping[str, Any], name: str = "this architecture") -> ModelConfig:
     """A copy of a `model_cfg` whose numbers are of this world and whose parts can be built without a network.
+
+    `name` is what an error calls it.
 
     Raises:
         CheckpointError: a value is out of bounds, or the architecture is not supported; it is named.
@@ -96,7 +98,7 @@ def checked_model(config: Mapping[str, Any]) -> ModelConfig:
     _check_bounds("model_cfg", config)
     reason = refusal(dict(config))
     if reason is not None:
-        raise CheckpointError(f"this architecture cannot be used: {reason}")
+        raise CheckpointError(f"{name} cannot be used: {reason}")
     vision = config["vision_cfg"]
     grid = (image_size(config) // max(1, int(vision.get("patch_size") or 16))) ** 2 * int(vision.get("width") or 768)
     if grid > _LARGEST_GRID:

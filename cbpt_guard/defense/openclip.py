@@ -167,6 +167,6 @@ def _local_tokenizer(folder: Path, context_length: int, options: dict[str, Any])
             **options,
         )
     except ImportError as error:
-        raise InputError(f"reading the tokenizer in {folder} needs `pip install transformers sentencepiece`") from error
+        raise InputError(f"reading the tokenizer in {folder} needs `pip install 'cbpt-guard[tokenizer]'`") from error
     except Exception as error:  # the tokenizer libraries raise anything on a malformed file
         raise InputError(f"{folder} holds no usable tokenizer: {error}") from error

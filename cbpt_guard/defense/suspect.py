@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.architecture import OPEN_CLIP_TOKENIZER, Accuracy, ModelSpec, resolve_model
+from cbpt_guard.defense.architecture import OPEN_CLIP_TOKENIZER, Accuracy, ModelSpec, check_arch, resolve_model
 from cbpt_guard.defense.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import Listing, load_images
@@ -49,6 +49,7 @@ def open_suspect(path: Path, flags: ModelFlags, listing: Listing, template: str,
         CheckpointError: it is malformed or fits no architecture.
         InputError: something stays open; the flag to set is named.
     """
+    check_arch(flags.arch)  # first: reading a large file takes a while
     checkpoint = read_checkpoint(path)
     spec = resolve_model(
         checkpoint,
