@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard import metrics
 from cbpt_guard.classifier import GuardedClassifier
-from cbpt_guard.errors import CheckError, InputError
-from cbpt_guard.images import Pixels, load_image, prepare
+from cbpt_guard.errors import CheckError, ImageError, InputError
+from cbpt_guard.images import Pixels, Preprocess, load_image, prepare
 from cbpt_guard.listing import Listing
 from cbpt_guard.manifest import VerdictName
 
 Apply = Callable[[Pixels], Pixels]
 _BATCH = 64
+_SHOWN = 5  # classes that a message names
 
 
 class _Frozen(BaseModel):
@@ -88,7 +89,7 @@ def evaluate(
         ImageError: an image cannot be read.
         CheckError: an answer is not finite.
     """
-    names = list(guard.classes_)
+    names = guard.classes_.tolist()
     index = None if target is None else _index(target, names)
     if (trigger is None) != (index is None):
         raise InputError("a trigger and its target belong together: pass both, or none to count CA alone")
@@ -109,7 +110,9 @@ def evaluate(
 
 def _index(name: str, names: list[str]) -> int:
     if name not in names:
-        raise InputError(f"{name!r} is no class of this bundle; it answers {', '.join(map(repr, names[:5]))} ...")
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown = ", ".join(map(repr, names[:_SHOWN]))
+        raise InputError(f"{name!r} is no class of this bundle; it answers {shown}{more}")
     return names.index(name)
 
 
@@ -125,7 +128,14 @@ def _batches(guard: GuardedClassifier, listing: Listing, names: list[str]) -> It
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(items), _BATCH):
             paths = [path for path, _ in items[start : start + _BATCH]]
-            yield np.stack(list(pool.map(lambda path: prepare(load_image(path), preprocess), paths)))
+            yield np.stack(list(pool.map(lambda path: _prepared(path, preprocess), paths)))
+
+
+def _prepared(path: Path, preprocess: Preprocess) -> Pixels:
+    try:
+        return prepare(load_image(path), preprocess)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
 
 
 def _answers(guard: GuardedClassifier, listing: Listing, names: list[str], trigger: Apply | None) -> _Answers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,17 +17,28 @@ def partial_path(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def check_output(out: Path, force: bool) -> None:
+def check_output(out: Path, force: bool, ours: Iterable[str] = ()) -> None:
     """Refuse an output that exists (unless `force`) or that cannot be a folder's place.
 
+    With `force` a whole folder is replaced, so it must be empty or an earlier output of the same kind, which holds the
+    files that `ours` names: a mistyped `--out` must not cost a user's images.
+
     Raises:
-        InputError: something is there already.
+        InputError: something is there already, or `out` names no new folder.
         SetupError: the folder that it would lie in cannot be written.
     """
+    if out.name in ("", ".."):
+        raise InputError(f"{out} is no name for a new folder; pass another `--out`")
     if _is_there(out) and not force:
         raise InputError(f"{out} exists already; pass `--force` to replace it or `--out` to write elsewhere")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, not a folder; move it away or pass another `--out`")
+    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in ours):
+        missing = next(name for name in ours if not (out / name).is_file())
+        raise InputError(
+            f"{out} holds no {missing}, so it is no earlier output of this command and is not replaced; move it away "
+            "or pass another `--out`"
+        )
     standing = next(folder for folder in out.absolute().parents if folder.exists())
     if not standing.is_dir():
         raise InputError(f"{standing} is a file, not a folder; pass another `--out`")
@@ -36,23 +47,26 @@ def check_output(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, *, force: bool = False, resumable: bool = False, resume: bool = False) -> Iterator[Path]:
+def staged(
+    out: Path, *, force: bool = False, ours: Iterable[str] = (), resumable: bool = False, resume: bool = False
+) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends without an error.
 
     A block that fails leaves nothing. One that is `resumable` and was interrupted, or met a full disk, leaves
     `.OUT.partial` behind: the next start empties it, or with `resume` goes on in it. A killed process leaves
     `.OUT.partial` and `.OUT.lock` in any case. An earlier `out` is only replaced at the very end; should a process be
-    killed while it moves the two folders, the next start puts the earlier one back.
+    killed while it moves the two folders, the next start puts the earlier one back. `ours`: see `check_output`.
 
     Raises:
-        InputError: `out` exists and `force` is off.
+        InputError: `out` exists and `force` is off, or it is nothing that may be replaced.
         SetupError: another process works on the same output, or the disk refuses.
     """
-    check_output(out, force)
+    ours = tuple(ours)
+    check_output(out, force, ours)
     partial = partial_path(out)
     with _locked(out):
         _recover(out)
-        check_output(out, force)  # another command may have finished since
+        check_output(out, force, ours)  # another command may have finished since
         try:
             _prepare(partial, resume)
             yield partial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def images_below(folder: Path) -> list[Path]:
 
 def _list_csv(data: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
+    seen: dict[str, int] = {}
     try:
         with data.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -102,7 +104,11 @@ def _list_csv(data: Path) -> dict[str, list[Path]]:
             for row in reader:
                 if not row["path"] or not (row["label"] or "").strip():
                     raise InputError(f"{data} line {reader.line_num} lacks a path or a label")
-                found.setdefault(row["label"].strip(), []).append(data.parent / row["path"])
+                path = data.parent / row["path"]
+                first = seen.setdefault(os.path.normpath(path), reader.line_num)
+                if first != reader.line_num:  # on both sides of the split it would flatter every number
+                    raise InputError(f"{data} line {reader.line_num} lists {row['path']!r} again, as line {first} does")
+                found.setdefault(row["label"].strip(), []).append(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{data} cannot be read as a UTF-8 CSV: {error}") from error
     if not found:

@@ -26,7 +26,8 @@ class Prediction:
         score: softmax of the guarded logits at the best class, in [0, 1]; kept when abstaining.
         top: the best (label, score) pairs, best first; kept when abstaining.
         changed: the guarded answer differs from the undefended zero-shot answer.
-        triggered: the rule's test fired: a suspected target with a margin above its threshold.
+        triggered: the rule's test fired: the zero-shot answer is a suspected target, and the image lies on the side of
+            its triggers.
         digest: which bundle answered.
         error: why there is no answer, or None.
     """

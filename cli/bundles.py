@@ -26,7 +26,10 @@ def export(
         bool, typer.Option("--allow-unguarded", help="Export although the run is not `guarded`; recorded.")
     ] = False,
 ) -> None:
-    """Write a purified run as an ONNX bundle: encoder, both heads and the rule in one graph."""
+    """Write a purified run as an ONNX bundle: encoder, both heads and the rule in one graph.
+
+    Exit code 0: written. 1: the run is not guarded, or a check or a gate failed; nothing is written. 2: bad input.
+    """
     from cbpt_guard.export import export as export_run
 
     path = export_run(
@@ -67,8 +70,11 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="The checks on stdout as JSON.")] = False,
 ) -> None:
     """Check a bundle against its manifest and its own golden answers; a mismatch exits 1."""
+    from cbpt_guard.errors import InputError
     from cbpt_guard.export import verify as verify_bundle
 
+    if run is not None and not deep:
+        raise InputError("`--run` is for the comparison with torch; pass `--deep` with it")
     opened = None
     if run is not None:
         from cbpt_guard.defense.run import PurifyRun

@@ -14,18 +14,20 @@ from cbpt_guard.cli.show import live, note, percent, table
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where every file of the demo goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the small CLIP gains nothing from more.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report on stdout as JSON.")] = False,
 ) -> None:
     """Poison a small CLIP of digits, purify it, export it, serve it, and count; offline, a few minutes."""
-    from cbpt_guard.bench.demo import run_demo
+    from cbpt_guard.bench.demo import OURS, run_demo
     from cbpt_guard.cli.machine import prepare_torch
     from cbpt_guard.cli.purify import show_run
     from cbpt_guard.defense.run import PurifyRun
+    from cbpt_guard.files import check_output
 
     prepare_torch(threads)
+    check_output(out, force, OURS)  # before anything is announced
     started = time.monotonic()
     note("training a small CLIP on scikit-learn's digits, poisoning it, purifying it (about two minutes) ...")
     with live() as progress:

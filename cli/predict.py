@@ -26,8 +26,7 @@ def predict(
 
     guard = GuardedClassifier.load(bundle, providers=provider, digest=digest, precision=precision, abstain=abstain)
     failed = 0
-    for path in images:
-        (answer,) = guard.predict([path])
+    for path, answer in zip(images, guard.predict_stream(images), strict=True):
         failed += answer.error is not None
         if as_json:
             sys.stdout.write(json.dumps({"path": str(path)} | answer.to_dict()) + "\n")

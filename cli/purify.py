@@ -29,18 +29,22 @@ def purify(
     template: Annotated[str, typer.Option(help="The prompt, with {} for the class name.")] = "a photo of a {}.",
     shots: Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")] = None,
     settings: Annotated[Path | None, typer.Option(help="The recipe's numbers, a TOML file.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw; the same seed gives the same run.")] = 0,
     device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     triggered: Annotated[Path | None, typer.Option(help="A folder of observed attack images.")] = None,
     reuse: Annotated[Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
     arch: Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")] = None,
-    quickgelu: Annotated[bool | None, typer.Option(help="Whether the towers use QuickGELU.")] = None,
+    quickgelu: Annotated[
+        bool | None, typer.Option(help="Whether the towers use QuickGELU; asked for where the file cannot tell.")
+    ] = None,
     preprocess: Annotated[
         str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A folder with the tokenizer's files.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with the tokenizer's files, for models that bring their own.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -140,7 +144,7 @@ def _show_candidates(record: RunRecord) -> None:
 def _show_triggers(metrics: RunMetrics) -> None:
     rows = [
         (
-            f"{t.origin} {t.family} -> {t.target}",
+            " ".join((t.origin, t.family, *([f"({t.against} head)"] if t.against else []), "->", t.target)),
             str(t.images),
             *(
                 percent(share)

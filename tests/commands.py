@@ -74,3 +74,14 @@ def assert_refused(
     assert usage or result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr, result.stderr
+
+
+EARLIER = {"run.json": b"{}", "metrics.json": b"{}", "heads.safetensors": b"", "earlier.txt": b"kept"}
+"""What a run's folder holds at least, and a file of its own to be known by."""
+
+
+def write_earlier(folder: Path) -> None:
+    """An earlier run, as far as `--force` looks at it."""
+    folder.mkdir()
+    for name, content in EARLIER.items():
+        (folder / name).write_bytes(content)

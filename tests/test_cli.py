@@ -222,6 +222,7 @@ def test_verify_answers_1_for_another_bundle(tiny_bundle: Path) -> None:
         (["missing"], ("missing",), 2),
         (["."], ("manifest.json",), 1),
         (["BUNDLE", "--digest", "12"], ("sha256:", "64 hexadecimal"), 2),
+        (["BUNDLE", "--run", "missing"], ("`--run` is for the comparison with torch", "--deep"), 2),
         (["BUNDLE", "--deep", "--run", "missing"], ("missing is no run directory",), 2),
     ],
 )
@@ -352,8 +353,10 @@ def test_demo_keeps_what_is_there_unless_forced(folder: Path) -> None:
     (folder / "demo").mkdir()
     result = cli("demo")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].startswith("error: demo exists already; pass `--force`")
-    assert list(folder.iterdir()) == [folder / "demo"]
+    assert result.stderr.startswith("error: demo exists already; pass `--force`")
+    (folder / "demo" / "mine.txt").write_text("precious")
+    assert_refused(cli("demo", "--force"), "demo holds no report.json", "not replaced")
+    assert [path.name for path in folder.rglob("*")] == ["demo", "mine.txt"]
 
 
 def test_demo_whose_run_is_not_guarded_answers_1(monkeypatch: pytest.MonkeyPatch) -> None:

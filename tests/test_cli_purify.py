@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from commands import QUICK, assert_refused, cli
+from commands import QUICK, assert_refused, cli, write_earlier
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -299,6 +299,24 @@ def _output_file(folder: Path) -> list[object]:
     return ["--out", "taken", "--force"]
 
 
+def _others_output(folder: Path) -> list[object]:
+    _output(folder)
+    return ["--force"]
+
+
+def _data_as_output(folder: Path) -> list[object]:
+    shutil.copytree(folder / "clean", folder / "own")
+    write_earlier(folder / "run")
+    (folder / "own").rename(folder / "run" / "own")
+    return ["--data", "run/own", "--out", "run", "--force"]
+
+
+def _bad_attack_image(folder: Path) -> list[object]:
+    (folder / "attack").mkdir()
+    (folder / "attack" / "bad.png").write_text("no image")
+    return ["--triggered", "attack"]
+
+
 def _truncated(folder: Path) -> list[object]:
     whole = (folder / "suspect" / "suspect.pt").read_bytes()
     (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
@@ -357,6 +375,10 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing attack images": (_given("--triggered", "nowhere"), ("nowhere is no folder",)),
     "one attack image": (_clean_attack_images, ("1 observed attack images share no answer",)),
     "existing output": (_output, ("purified exists already", "--force", "--out")),
+    "another's folder as output": (_others_output, ("purified holds no run.json", "not replaced", "--out")),
+    "an output around the images": (_data_as_output, ("run holds `--data` run/own", "--out")),
+    "no name as output": (_given("--out", ".", "--force"), (". is no name for a new folder",)),
+    "a bad attack image": (_bad_attack_image, ("1 image cannot be read", "attack/bad.png", "--skip-bad")),
     "a file as output": (_output_file, ("taken is a file",)),
     "a file above the output": (_given("--out", "quick.toml/purified"), ("quick.toml is a file",)),
     "chance level": (_shuffled, ("chance is 10.0 %", "--classes", "--template", "--preprocess", "--tokenizer")),
@@ -373,7 +395,15 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(case: str, folder: 
 
 
 @pytest.mark.parametrize(
-    "case", ["missing data", "unknown class", "chance level", "unknown setting", "existing output"]
+    "case",
+    [
+        "missing data",
+        "unknown class",
+        "chance level",
+        "unknown setting",
+        "existing output",
+        "another's folder as output",
+    ],
 )
 def test_a_dry_run_refuses_what_a_run_refuses(case: str, folder: Path) -> None:
     change, words = REFUSED[case]

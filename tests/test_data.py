@@ -89,6 +89,7 @@ def test_a_csv_lies_beside_its_images(data: Path, tmp_path: Path) -> None:
         ("path,label\na.png,\n", "line 2 lacks a path or a label"),
         ("path,label\na.png\n", "line 2 lacks a path or a label"),
         ("path,label\na.png,cat\nb.png,cat\n", "one class"),
+        ("path,label\na.png,cat\nb.png,dog\n./a.png,dog\n", r"line 4 lists './a\.png' again, as line 2 does"),
     ],
 )
 def test_a_bad_csv_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -104,7 +105,7 @@ def test_a_csv_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_csv_that_names_a_missing_image_says_so(data: Path, tmp_path: Path) -> None:
     listing = list_images(table(tmp_path, "path,label\ndata/dog/0.png,dog\ngone.png,cat\n"))
-    with pytest.raises(InputError, match=r"1 images cannot be read.*\n.*gone\.png"):
+    with pytest.raises(InputError, match=r"1 image cannot be read.*\n.*gone\.png"):
         load_images(listing, SMALL)
 
 

@@ -89,7 +89,8 @@ def test_answers_are_those_that_a_service_gets(exported: Path, tmp_path: Path) -
         (None, {"target": "red"}, InputError, "belong together"),
         (None, {"target": "grey", "trigger": np.copy}, InputError, "no image to count"),
         (None, {"target": "red", "trigger": np.zeros_like}, CheckError, "not finite"),
-        ("bad", {}, ImageError, "no image of"),
+        ("bad", {}, ImageError, r"blue/0\.png: .*no image of"),
+        (None, {"target": "nope", "trigger": np.copy}, InputError, r"it answers '[a-z]+', '"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(

@@ -240,6 +240,29 @@ def test_a_parent_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
+def test_what_is_no_earlier_output_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    check_output(out, True, ("run.json",))  # an empty folder costs nothing
+    (out / "photo.jpg").write_text("precious")
+    with (
+        pytest.raises(InputError, match=r"out holds no run\.json.*is not replaced"),
+        staged(out, force=True, ours=("photo.jpg", "run.json")),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "run.json").touch()
+    with staged(out, force=True, ours=("photo.jpg", "run.json")) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "below/..", "/"])
+def test_an_output_needs_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="no name for a new folder"):
+        check_output(tmp_path / name if name != "." else Path(name), force=True)
+
+
 def test_looking_at_an_output_makes_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "deep" / "out", force=False)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli
+from commands import EARLIER, ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli, write_earlier
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def folder(digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "suspect").symlink_to(digits_suspect.folder)
     (tmp_path / "clean").symlink_to(digits_suspect.data)
     (tmp_path / "quick.toml").write_text(QUICK)
-    (tmp_path / "purified").mkdir()
-    (tmp_path / "purified" / "earlier.txt").write_text("kept")
+    write_earlier(tmp_path / "purified")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield tmp_path
@@ -78,7 +77,7 @@ def test_an_interrupted_run_goes_on_to_the_same_tensors(folder: Path) -> None:
         assert word in found[2]
         assert "--resume" in found[2]
         assert "Traceback" not in found[2]
-        assert [path.name for path in (folder / "purified").iterdir()] == ["earlier.txt"]
+        assert {path.name: path.read_bytes() for path in (folder / "purified").iterdir()} == EARLIER
         assert_refused(cli("export", "--run", ".purified.partial"), "no finished run")
 
     agnostic = folder / ".purified.partial" / "journal" / "agnostic.safetensors"

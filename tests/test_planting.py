@@ -137,6 +137,8 @@ def test_the_command_line_refuses_in_plain_words(digits_clean: DigitsModel, trai
     (tmp_path / "old").mkdir()
     named = ("--attack", "badnet", "--target", "nine")
     assert_refused(cli(*implant(digits_clean, train, tmp_path / "old", *named)), "exists already", "--force")
+    (tmp_path / "old" / "mine.txt").write_text("precious")
+    assert_refused(cli(*implant(digits_clean, train, tmp_path / "old", *named), "--force"), "no implant.json")
     unpaired = cli(*implant(digits_clean, train, tmp_path / "new", *named, "--attack", "sig"))
     assert_refused(unpaired, "2 attacks with 1 targets", usage=True)
     (tmp_path / "wrong.toml").write_text("stops = 1")

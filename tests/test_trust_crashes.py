@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from commands import QUICK, assert_refused, cli, script
+from commands import EARLIER, QUICK, assert_refused, cli, script, write_earlier
 from figures import Figures
 from started import PATIENCE, Started, files, limited, powerless
 
@@ -43,8 +43,7 @@ def folder(digits_suspect: DigitsSuspect, tmp_path: Path) -> Path:
 
 
 def earlier(folder: Path) -> Path:
-    (folder / "purified").mkdir()
-    (folder / "purified" / "earlier.txt").write_text("kept")
+    write_earlier(folder / "purified")
     return folder
 
 
@@ -64,7 +63,7 @@ def unbroken(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFac
 def is_kept(folder: Path) -> bool:
     """Whether the earlier output stands as it was; the next start puts it back when a crash fell between two moves."""
     place = next(path for path in (folder / "purified", folder / ".purified.old") if path.exists())
-    return files(place) == {"earlier.txt": b"kept"}
+    return files(place) == EARLIER
 
 
 # SIGKILL

@@ -167,6 +167,13 @@ def test_an_accuracy_under_three_times_chance_warns(right: int, warnings: int) -
     assert len(check_accuracy(*accurate(right, 400))) == warnings
 
 
+@pytest.mark.parametrize(("right", "classes", "warnings"), [(301, 2, 0), (299, 2, 1), (267, 3, 0), (266, 3, 1)])
+def test_where_three_times_chance_is_out_of_reach_halfway_to_perfect_counts(
+    right: int, classes: int, warnings: int
+) -> None:
+    assert len(check_accuracy(*accurate(right, 400, classes))) == warnings
+
+
 @pytest.mark.parametrize("right", [117, 100, 0])
 def test_an_accuracy_not_clearly_above_chance_stops(right: int) -> None:
     with pytest.raises(InputError, match=r"chance is 25\.0 %\. Class names, tokenizer or preprocessing"):

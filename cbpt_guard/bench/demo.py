@@ -24,6 +24,9 @@ from cbpt_guard.manifest import VerdictName
 
 TARGET = 3
 SHOTS = 16
+REPORT, PICTURE = "report.json", "picture.png"
+OURS = (REPORT, PICTURE)
+"""By these files a folder is known as a demo, which another may replace."""
 LEAST_POISON, MOST_LEFT, MOST_LOST = 0.90, 0.05, 0.03
 _SHOWN = 4
 
@@ -82,10 +85,10 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
     """Train, poison, purify, export, serve, count; `out` holds every file of it and `report.json`.
 
     Raises:
-        InputError: `out` exists and `force` is off.
+        InputError: `out` exists and `force` is off, or it is no demo.
         SetupError: the disk refuses.
     """
-    with staged(out, force=force) as folder:
+    with staged(out, force=force, ours=OURS) as folder:
         data = load_digits_split(seed)
         clean = train_digits_clip(data.train, seed, progress=progress)
         trigger = patch(clean.image_size, seed)
@@ -99,8 +102,8 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
         guard = GuardedClassifier.load(export(run, folder / "bundle", allow_unguarded=True))
 
         report = _count(guard, data.test, trigger, out)
-        _draw(guard, run, data.test, trigger, folder / "picture.png")
-        write_text(folder / "report.json", report.model_dump_json(indent=1))
+        _draw(guard, run, data.test, trigger, folder / PICTURE)
+        write_text(folder / REPORT, report.model_dump_json(indent=1))
     return report
 
 

@@ -65,14 +65,15 @@ def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Prog
     One trigger lies in `out` itself; of several each has a sub-folder with its attack's name.
 
     Raises:
-        InputError: `out` exists and `force` is off, an attack or a target is unknown, or the images do not fit.
+        InputError: `out` exists and `force` is off, or it is no implant; an attack or a target is unknown, or the
+            images do not fit.
         SetupError: the disk refuses, or another process plants the same.
         CheckpointError: the model is malformed.
     """
     targets = {name: _index(order.train.classes, target) for name, target in order.attacks.items()}
     for name in targets:
         attack_named(name)
-    with staged(out, force=force) as folder:
+    with staged(out, force=force, ours=(RECORD, "suspect.pt")) as folder:
         train, held_out = order.train, order.held_out
         opened = open_suspect(order.model, order.flags, train, order.template, order.device)
         if held_out is None:

@@ -38,12 +38,12 @@ class LabelledImages:
 
 
 def load_images(
-    listing: Listing, preprocess: Preprocess, *, skip_bad: bool = False, progress: Progress = silent
+    listing: Listing, preprocess: Preprocess, *, skip_bad: bool | None = None, progress: Progress = silent
 ) -> LabelledImages:
     """Decode, resize and crop every listed image.
 
     Raises:
-        InputError: some images cannot be read and `skip_bad` is off; the first ten are listed.
+        InputError: some images cannot be read and `skip_bad` is off, or no choice (None); the first ten are listed.
     """
     items = [(path, label) for label, paths in enumerate(listing.files) for path in paths]
     images, labels, bad = [], [], []
@@ -57,7 +57,7 @@ def load_images(
                 labels.append(label)
             progress(Step("images", number + 1, len(items)))
     if bad and not skip_bad:
-        raise InputError(_describe_bad(bad))
+        raise InputError(_describe_bad(bad, skippable=skip_bad is not None))
     if not images:
         raise InputError(f"none of the {len(items)} images can be read; the first: {bad[0]}")
     if bad and len(set(labels)) < min(2, len(listing.classes)):
@@ -65,14 +65,18 @@ def load_images(
     return LabelledImages(torch.stack(images), torch.tensor(labels), listing.classes, tuple(bad))
 
 
-def load_unlabelled(folder: Path, preprocess: Preprocess) -> Tensor:
-    """Prepared images uint8 (N, S, S, 3) of a folder, its sub-folders included; `InputError` if one is bad."""
+def load_unlabelled(folder: Path, preprocess: Preprocess, *, skip_bad: bool = False) -> Tensor:
+    """Prepared images uint8 (N, S, S, 3) of a folder, its sub-folders included.
+
+    Raises:
+        InputError: there is none, or one cannot be read and `skip_bad` is off.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
     files = images_below(folder)
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return load_images(Listing(("triggered",), (tuple(files),)), preprocess).images
+    return load_images(Listing(("triggered",), (tuple(files),)), preprocess, skip_bad=skip_bad).images
 
 
 def split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +103,8 @@ def _prepared(path: Path, preprocess: Preprocess) -> np.ndarray | str:
         return str(error)
 
 
-def _describe_bad(bad: Sequence[str]) -> str:
+def _describe_bad(bad: Sequence[str], *, skippable: bool) -> str:
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     shown = "\n  ".join(bad[:_SHOWN])
-    return f"{len(bad)} images cannot be read; remove them or pass `--skip-bad`:\n  {shown}{more}"
+    advice = "remove them or pass `--skip-bad`" if skippable else "remove them"
+    return f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read; {advice}:\n  {shown}{more}"

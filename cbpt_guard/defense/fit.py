@@ -66,7 +66,10 @@ def fit(tensors: Mapping[str, Tensor], config: ModelConfig) -> Fitted:
     wanted = shapes(config)
     difference = _compare({name: tuple(value.shape) for name, value in tensors.items()}, wanted)
     if not difference.fits:
-        raise CheckpointError(f"the weights do not fit the architecture: {difference.describe()}")
+        raise CheckpointError(
+            f"the weights do not fit the architecture: {difference.describe()}; "
+            "pass the right one as `--arch NAME|FILE`, or mend the open_clip_config.json beside the file"
+        )
     by_plain_name = {_plain(name): value for name, value in tensors.items()}
     fitted: dict[str, Tensor] = {}
     notes: list[str] = []

@@ -74,6 +74,14 @@ class Prepared:
         }
 
 
+def check_inputs(job: Job, out: Path) -> None:
+    """Refuse an output that would replace what the job reads; `InputError` names it."""
+    inputs = {"--model": job.model, "--data": job.data, "--classes": job.classes, "--triggered": job.triggered}
+    for flag, path in inputs.items():
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} holds `{flag}` {path} and would replace it; pass another `--out`")
+
+
 def prepare(job: Job, progress: Progress = silent) -> Prepared:
     """Read model and images; raises as `purify` does."""
     device = check_device(job.device)
@@ -84,7 +92,7 @@ def prepare(job: Job, progress: Progress = silent) -> Prepared:
     original = zero_shot_head(suspect.clip, listing.classes, job.template)
     preprocess = suspect.record.preprocess
     data = load_images(listing, preprocess, skip_bad=job.skip_bad, progress=progress)
-    observed = None if job.triggered is None else load_unlabelled(job.triggered, preprocess)
+    observed = None if job.triggered is None else load_unlabelled(job.triggered, preprocess, skip_bad=job.skip_bad)
     return Prepared(job, suspect, original, data, observed, reused)
 
 

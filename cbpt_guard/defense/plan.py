@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.inversion import CleanSet, invert_agnostic
-from cbpt_guard.defense.job import Job, Prepared, prepare
+from cbpt_guard.defense.job import Job, Prepared, check_inputs, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.run import OURS
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.files import check_output
@@ -56,7 +57,8 @@ class Plan(BaseModel):
 
 def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silent) -> Plan:
     """Check a job as `purify` would, time a few batches, and multiply; raises as `purify` does."""
-    check_output(out, force)
+    check_output(out, force, OURS)
+    check_inputs(job, out)
     prepared = prepare(job, progress)
     data, settings = prepared.data, job.settings
     kept, held = split(data.labels, settings.tuning.held_out, job.seed)
@@ -69,7 +71,7 @@ def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silen
         held_out=len(held),
         skipped=len(data.skipped),
         output=str(out),
-        seconds=_expected(settings, len(kept), len(held), forward, backward, text),
+        seconds=_expected(settings, len(kept), len(held), forward, backward, text, inverted=job.reuse is None),
         memory_mb=_memory_mb(prepared),
     )
 
@@ -100,16 +102,19 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _expected(
-    settings: Settings, kept: int, held: int, forward: float, backward: float, text: float
+    settings: Settings, kept: int, held: int, forward: float, backward: float, text: float, *, inverted: bool
 ) -> dict[str, float]:
     stage1, stage2 = settings.inversion, settings.tuning
     steps = stage2.epochs * math.ceil(kept / stage2.batch)
     masked = stage1.masked_steps * stage1.batch * backward
+    inversion = (
+        stage1.agnostic_steps * stage1.agnostic_batch * backward
+        + (1 + stage1.references) * masked
+        + stage1.additive_steps * stage1.batch * backward
+    )
     return {
         "features": (kept + held) * forward,
-        "stage 1: inversion": stage1.agnostic_steps * stage1.agnostic_batch * backward
-        + (1 + stage1.references) * masked
-        + stage1.additive_steps * stage1.batch * backward,
+        "stage 1: inversion": inversion if inverted else 0.0,
         "features under found triggers": _TRIGGERS * (kept + held) * forward,
         "stage 2: prompts": steps * text,
         "verdict": 2 * masked + 2 * (held or kept) * forward,

@@ -16,13 +16,13 @@ from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.inversion import CleanSet
-from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, prepare
+from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_inputs, prepare
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import Observed, observe
 from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.result import Outcome, write_result
-from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.run import OURS, PurifyRun
 from cbpt_guard.defense.search import Findings, Search, adopt
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags
@@ -74,7 +74,7 @@ def purify(
 
     Raises:
         UnsafeError: the checkpoint would run code.
-        InputError: an input is missing, malformed or does not fit the others.
+        InputError: an input is missing, malformed or does not fit the others, or `out` is nothing to be replaced.
         SetupError: the output cannot be written, or another command writes it.
     """
     job = Job(
@@ -98,9 +98,10 @@ def purify_job(
     job: Job, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent
 ) -> PurifyRun:
     """`purify` for a job that is already put together; same arguments, same errors."""
-    check_output(out, force)
+    check_output(out, force, OURS)
+    check_inputs(job, out)
     prepared = prepare(job, progress)  # before the folder is touched: a mistyped flag must not cost what it holds
-    with staged(out, force=force, resumable=True, resume=resume) as folder:
+    with staged(out, force=force, ours=OURS, resumable=True, resume=resume) as folder:
         try:
             Purification(prepared, folder, progress).run()
         except SafetensorError as error:  # how safetensors reports a full disk
@@ -221,9 +222,10 @@ class Purification:
         ]
         areas = {t: min(trigger.area for trigger in findings.bank if trigger.target == t) for t in findings.suspects}
         heads = (("guarded", head.guarded), ("original", head.original))
-        for trigger in search.fresh([(t, name, one, area) for t, area in areas.items() for name, one in heads]):
+        wanted = [(t, name, one, area) for t, area in areas.items() for name, one in heads]
+        for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
             features = encode(self.clip, images, trigger)
-            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
+            attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels, against=name))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
         return attacks
 

@@ -28,6 +28,8 @@ TRIGGERS: Final = "triggers.safetensors"
 RECORD: Final = "run.json"
 METRICS: Final = "metrics.json"
 PICTURES: Final = "pictures"
+OURS: Final = (RECORD, METRICS, HEADS)
+"""By these files a folder is known as a run, which another may replace."""
 
 _Record = TypeVar("_Record", bound=BaseModel)
 

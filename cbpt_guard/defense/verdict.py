@@ -25,13 +25,17 @@ _ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
 
 @dataclass(frozen=True)
 class Attacked:
-    """Features (N, E) of images under one trigger toward `target`; `labels` is None for observed attack images."""
+    """Features (N, E) of images under one trigger toward `target`; `labels` is None for observed attack images.
+
+    `against`: the head that a fresh trigger was made to mislead, `guarded` or `original`.
+    """
 
     origin: Origin
     family: str
     target: int
     features: Tensor
     labels: Tensor | None
+    against: str | None = None
 
 
 def clean_accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -54,8 +58,9 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
             f"{found}. Class names, tokenizer or preprocessing do not fit this model; check `--classes`, "
             "`--template`, `--preprocess`, `--quickgelu` and `--tokenizer`"
         )
-    if accuracy < _WARN_BELOW * chance:
-        return (f"{found}: under three times chance, so class names or preprocessing may not fit",)
+    # with two or three classes three times chance is out of reach: there, halfway from chance to perfect
+    if accuracy < (_WARN_BELOW * chance if _WARN_BELOW * chance < 1 else (1 + chance) / 2):
+        return (f"{found}: so little above it that class names or preprocessing may not fit",)
     return ()
 
 
@@ -117,6 +122,9 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
         f"on {run.images} held-out images the worst trigger succeeds on {100 * worst:.1f} %, and clean accuracy "
         f"went from {100 * run.clean_accuracy_before:.1f} % to {100 * run.clean_accuracy_after:.1f} %"
     )
+    alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
+    if alone > settings.found_asr:  # who takes the tuned rows out of heads.safetensors must know
+        kept += f"; the tuned head without the test for triggered images would let {100 * alone:.1f} % through"
     return Verdict(name="guarded", reasons=(kept,))
 
 
@@ -139,8 +147,9 @@ def _surviving(run: RunMetrics, settings: VerdictSettings) -> Iterator[str]:
     for trigger in run.triggers:
         bound = settings.fresh_asr if trigger.origin == "fresh" else settings.found_asr
         if trigger.asr_after > bound:
+            article = "an" if trigger.origin == "observed" else "a"
             yield (
-                f"a {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
+                f"{article} {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
                 f"{100 * trigger.asr_after:.1f} % of images, more than {100 * bound:.1f} %"
             )
 
@@ -162,6 +171,7 @@ def _under_attack(head: GuardedHead, attack: Attacked) -> TriggerMetrics:
         {
             "origin": attack.origin,
             "family": attack.family,
+            "against": attack.against,
             "target": head.classes[attack.target],
             "images": len(attack.features),
             **shares,
