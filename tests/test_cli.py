@@ -270,8 +270,9 @@ def test_predict_as_json_equals_the_library(tiny_bundle: Path, images: list[Path
     result = cli("predict", tiny_bundle, *images, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     guard = GuardedClassifier.load(tiny_bundle)
-    for line, path in zip(result.stdout.splitlines(), images, strict=True):
-        assert json.loads(line) == {"path": str(path)} | guard.predict(path).to_dict()
+    answers = guard.predict(images)
+    for line, path, answer in zip(result.stdout.splitlines(), images, answers, strict=True):
+        assert json.loads(line) == {"path": str(path)} | answer.to_dict()
 
 
 def test_predict_finishes_all_and_answers_1_if_one_failed(tiny_bundle: Path, images: list[Path]) -> None:
@@ -337,15 +338,22 @@ def test_demo_answers_1_when_it_did_not_show_its_point(monkeypatch: pytest.Monke
         bundle="demo/bundle",
         picture="demo/picture.png",
     )
-    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", lambda *_, **__: report)
-    shutil.copytree(tiny_run, "demo/purified")
+
+    reports = [report]
+
+    def made(*_: object, **__: object) -> DemoReport:
+        shutil.copytree(tiny_run, "demo/purified")
+        return reports[-1]
+
+    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", made)
     result = cli("demo", "--json")
     assert result.exit_code == 1
     assert "the poison did not take: ASR 50.0%" in result.stderr
     assert "the guard did not hold: ASR 20.0%" in result.stderr
     assert DemoReport.model_validate_json(result.stdout) == report
-    good = report.model_copy(update={"undefended": Counts(ca=0.9, asr=1, pa=0), "guarded": Counts(ca=0.9, asr=0, pa=1)})
-    monkeypatch.setattr("cbpt_guard.bench.demo.run_demo", lambda *_, **__: good)
+    good = {"undefended": Counts(ca=0.9, asr=1, pa=0), "guarded": Counts(ca=0.9, asr=0, pa=1)}
+    reports.append(report.model_copy(update=good))
+    shutil.rmtree("demo")
     assert cli("demo").exit_code == 0
 
 

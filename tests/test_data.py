@@ -163,8 +163,11 @@ def test_corrupt_images_are_listed_or_left_out(data: Path) -> None:
     for number in range(12):
         (data / "cat" / f"bad{number:02}.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(InputError) as caught:
-        load_images(list_images(data), SMALL)
+        load_images(list_images(data), SMALL, skip_bad=False)
     message = str(caught.value)
+    with pytest.raises(InputError) as caught:
+        load_images(list_images(data), SMALL)
+    assert "--skip-bad" not in str(caught.value), "who calls it so has no such flag"
     assert message.startswith("12 images cannot be read")
     assert "--skip-bad" in message
     assert "bad09.png" in message
