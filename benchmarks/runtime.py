@@ -419,12 +419,11 @@ def table(lines: list[Line]) -> str:
         if yes == "no" and line.get("least", 0) > bound:
             yes = f"no: {line['least']:.3g} is all that these cores allow"
         rows.append(f"| {what} | {line['model']} | {line.get('batch', '')} | {measured} | {shown} | {yes} |")
-    first = lines[0]
+    first, others = lines[0], max(line["others"] for line in lines if line["row"] not in TIMELESS)
     rows += [
         "",
         f"On {first['machine']}, onnxruntime {first['onnxruntime']}, torch {first['torch']}; medians of interleaved",
-        f"runs, default arguments, other processes taking at most {max(line['others'] for line in lines):.2g} cores. "
-        "Printed by",
+        f"runs, default arguments, other processes taking at most {others:.2g} cores. Printed by",
         "`python benchmarks/runtime.py table` from `benchmarks/runtime.jsonl`.",
     ]
     return "\n".join(rows)

@@ -16,6 +16,7 @@ from cbpt_guard.bundle import GRAPH_INPUT, GRAPH_OUTPUTS
 from cbpt_guard.defense.clip import ImageEncoder, to_pixels
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.errors import CheckError, InputError
+from cbpt_guard.export.plainer import plainer
 
 OPSETS: Final = range(18, 26)
 """From the exporter's own opset to the last that onnxscript converts to; beyond, it mislabels the model."""
@@ -58,7 +59,7 @@ def to_onnx(graph: GuardedGraph, size: int, opset: int) -> bytes:
     check_opset(opset)
     check_size(graph)
     example = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
-    with _quiet():
+    with _quiet(), plainer(graph):
         try:
             program: Any = torch.onnx.export(
                 graph,
