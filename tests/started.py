@@ -67,7 +67,7 @@ class Started:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.end()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60  # one that is still importing notices a little later
         while (left := self.children()) and time.monotonic() < end:
             time.sleep(0.01)
         assert not left, left

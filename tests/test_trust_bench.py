@@ -113,8 +113,8 @@ def test_a_killed_bench_goes_on_to_the_same_lines_and_tensors(
     """Killed at seeded moments, gone on with, killed again, until it ends; then from the start."""
     generator, kills, finished, folder = np.random.default_rng(SEED), 0, 0, tmp_path / "0"
     folder.mkdir()
-    whole = unbroken[1]
-    while kills < amount(1, 20) or not finished:
+    whole, killed = unbroken[1], False
+    while kills < amount(1, 20) or not finished or killed:
         patience = float(generator.uniform(0, whole)) if kills < amount(1, 20) else PATIENCE
         suite = begun(root, folder)
         killed = suite.killed(patience)
@@ -136,25 +136,27 @@ def test_a_stopped_bench_stays_resumable(
     root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
 ) -> None:
     """A signal to the command, and Ctrl-C as a terminal sends it: to the command and all that it started."""
-    generator, stopped = np.random.default_rng(SEED), 0
-    for attempt in range(amount(1, 4)):
-        number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[attempt % 2]
+    generator, stopped, whole = np.random.default_rng(SEED), 0, unbroken[1]
+    while stopped < amount(1, 4):
+        number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[stopped % 2]
         suite = begun(root, tmp_path, start_new_session=True)
         suite.wait_for(tmp_path / LINES)
-        time.sleep(float(generator.uniform(0, unbroken[1] / 3)))
+        time.sleep(float(generator.uniform(0, whole / 3)))
         send, to = (os.killpg, suite.process.pid) if number == signal.SIGINT else (os.kill, suite.process.pid)
         send(to, number)
         found = suite.end()
         if found[0] == 0:  # it had ended before
-            break
+            assert_whole(tmp_path, unbroken[0])
+            whole = min(whole, suite.seconds)
+            shutil.rmtree(tmp_path / "work")
+            (tmp_path / LINES).unlink()
+            continue
         assert found[:2] == (code, ""), found
         assert "Traceback" not in found[2]
         assert suite.children() == []
         assert is_begun(tmp_path, unbroken[0])
         stopped += 1
-    else:
-        assert begun(root, tmp_path).end()[0] == 0
-    assert stopped
+    assert begun(root, tmp_path).end()[0] == 0
     assert_whole(tmp_path, unbroken[0])
     figures.add("crashes", "SIGINTs and SIGTERMs of bench run, each gone on with to the same lines", stopped)
 
