@@ -24,6 +24,14 @@ from typing import Any
 HERE = Path(__file__).parent
 FIGURES, SOAK, PAGE = HERE / "trust.json", HERE / "soak.json", HERE.parent / "docs" / "trust.md"
 _TOOLS = ("torch", "onnxruntime", "pillow", "safetensors", "picklescan", "hypothesis")
+_SOAK = {
+    "predictions": "predictions through a bundle",
+    "bad": "share of bad inputs",
+    "differing": "answers unlike the single-threaded ones",
+    "growth MiB": "growth of resident memory over the second half, MiB",
+    "MiB": "resident memory at the end, MiB",
+    "seconds": "seconds it was asked to serve",
+}
 _HEAD = """\
 # What the trust tests count
 
@@ -76,7 +84,7 @@ def page(found: dict[str, Any], soak: dict[str, Any]) -> str:
         for title, (columns, *body) in section["tables"].items():
             parts.append(f"{title}:\n\n{_table(columns, body)}")
     if soak:
-        rows = [[name, _shown(value)] for name, value in soak.items()]
+        rows = [[_SOAK.get(name, name), _shown(value)] for name, value in soak.items()]
         parts.append(f"## The soak: `python benchmarks/soak.py BUNDLE`\n\n{_table(['counted', 'value'], rows)}")
     return "\n".join(parts)
 

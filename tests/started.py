@@ -25,6 +25,7 @@ class Started:
     """A command in a process, and a temporary folder, of its own."""
 
     def __init__(self, folder: Path, *arguments: object, **options: Any) -> None:
+        self.begun = time.monotonic()
         self.temporary = folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
@@ -54,8 +55,9 @@ class Started:
             self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> tuple[int, str, str]:
-        """Its exit code, stdout and stderr, once it has ended."""
+        """Its exit code, stdout and stderr, once it has ended; `seconds` says how long it took."""
         stdout, stderr = self.process.communicate(timeout=PATIENCE)
+        self.seconds = time.monotonic() - self.begun
         return self.process.returncode, stdout, stderr
 
     def killed(self, after: float) -> bool:

@@ -46,6 +46,7 @@ defenses = ["none"]
 shots = [8]
 control = true
 """
+LONG_ONLY = "each takes two suites or more: in the long form, `pytest -m trust`"
 TENSORS = {".npy", ".npz", ".onnx", ".pt", ".safetensors"}
 
 
@@ -58,7 +59,7 @@ def root(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory
     (folder / "data").symlink_to(digits_suspect.data)
     (folder / "clean").symlink_to(digits_suspect.data.parent / "model")
     write_class_folders(digits_suspect.split.train, folder / "train", per_class=30)
-    defenses = ["none", "probe", "quick_cbpt:quick"] if amount(0, 1) else ["none"]
+    defenses = ["none", "quick_cbpt:quick"] if amount(0, 1) else ["none"]
     target = digits_suspect.split.test.classes[digits_suspect.target]
     (folder / "plan.toml").write_text(PLAN.format(target=target, defenses=defenses))
     return folder
@@ -112,14 +113,16 @@ def test_a_killed_bench_goes_on_to_the_same_lines_and_tensors(
     """Killed at seeded moments, gone on with, killed again, until it ends; then from the start."""
     generator, kills, finished, folder = np.random.default_rng(SEED), 0, 0, tmp_path / "0"
     folder.mkdir()
+    whole = unbroken[1]
     while kills < amount(1, 20) or not finished:
-        patience = float(generator.uniform(0, unbroken[1])) if kills < amount(1, 20) else PATIENCE
+        patience = float(generator.uniform(0, whole)) if kills < amount(1, 20) else PATIENCE
         suite = begun(root, folder)
         killed = suite.killed(patience)
         kills += killed
         assert is_begun(folder, unbroken[0])
         if killed:
             continue
+        whole = min(whole, suite.seconds)  # on a machine that is busy now and then, kills keep falling within a run
         assert suite.process.returncode == 0
         assert_whole(folder, unbroken[0])
         finished += 1
@@ -134,7 +137,7 @@ def test_a_stopped_bench_stays_resumable(
 ) -> None:
     """A signal to the command, and Ctrl-C as a terminal sends it: to the command and all that it started."""
     generator, stopped = np.random.default_rng(SEED), 0
-    for attempt in range(amount(1, 6)):
+    for attempt in range(amount(1, 4)):
         number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[attempt % 2]
         suite = begun(root, tmp_path, start_new_session=True)
         suite.wait_for(tmp_path / LINES)
@@ -160,8 +163,10 @@ def test_a_bench_on_a_full_disk(
     root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
 ) -> None:
     """Files that cannot grow beyond a seeded size: of implants, features, runs, graphs and lines."""
+    if not amount(0, 1):
+        pytest.skip(LONG_ONLY)
     generator, largest = np.random.default_rng(SEED), max(map(len, tensors(unbroken[0]).values()))
-    for number in range(amount(1, 8)):
+    for number in range(3):
         folder, size = tmp_path / str(number), int(largest ** float(generator.uniform(0.3, 0.98)))
         folder.mkdir()
         found = begun(root, folder, preexec_fn=limited(size)).end()
@@ -189,7 +194,11 @@ def test_a_bench_that_may_not_write(
     figures.add("crashes", "read-only outputs of bench run: exit 2", 2)
 
 
-def test_a_bench_whose_data_is_removed_meanwhile(root: Path, unbroken: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_bench_whose_data_is_removed_meanwhile(
+    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount
+) -> None:
+    if not amount(0, 1):
+        pytest.skip(LONG_ONLY)
     own = tmp_path / "root"
     own.mkdir()
     for path in root.iterdir():
@@ -208,7 +217,7 @@ def test_a_bench_whose_data_is_removed_meanwhile(root: Path, unbroken: tuple[Pat
 
 
 def test_of_two_suites_on_one_file_of_lines_the_second_is_refused(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, figures: Figures
+    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
 ) -> None:
     first = begun(root, tmp_path)
     first.wait_for(tmp_path / "work")  # which comes after the lines are locked
@@ -216,8 +225,12 @@ def test_of_two_suites_on_one_file_of_lines_the_second_is_refused(
         second = begun(root, tmp_path).end()
     assert second[:2] == (2, ""), second
     assert "another command appends to" in second[2]
-    assert first.end()[0] == 0
-    assert_whole(tmp_path, unbroken[0])
+    if amount(0, 1):
+        assert first.end()[0] == 0
+        assert_whole(tmp_path, unbroken[0])
+    else:
+        first.process.terminate()
+        assert first.end()[0] == 143
     figures.add("crashes", "second suites on one file of lines, refused", 1)
 
 
