@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -51,11 +52,29 @@ class Family(NamedTuple):
     @property
     def small(self) -> ModelConfig:
         """The same towers with fewer and narrower layers; everything else is open_clip's."""
+        _register_small_eva()
         config = copy.deepcopy(self.config)
         config["embed_dim"] = _WIDTH
         config["vision_cfg"] |= self.smaller
         config["text_cfg"] |= {"width": _WIDTH, "heads": 2, "layers": _LAYERS}
         return config
+
+
+@cache
+def _register_small_eva() -> None:
+    """Tell timm of its `eva02_base_patch16_clip_224` with two narrow layers: it has no small one itself."""
+    from timm.models import register_model  # here: timm wants torchvision, which `openclip` makes importable
+    from timm.models.eva import Eva
+
+    def eva02_two_layers(pretrained: bool = False, **options: Any) -> nn.Module:
+        sizes = {"img_size": 64, "patch_size": 16, "embed_dim": _WIDTH, "depth": _LAYERS, "num_heads": _WIDTH // _HEAD}
+        kinds = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+        rotary = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
+        own = {name: value for name, value in options.items() if not name.startswith(("pretrained", "cache"))}
+        tower: nn.Module = Eva(mlp_ratio=4 * 2 / 3, **sizes, **kinds, **rotary, **own)
+        return tower
+
+    register_model(eva02_two_layers)
 
 
 FAMILIES = (
@@ -64,7 +83,7 @@ FAMILIES = (
     Family("ViT-L-14", "openai", _VIT | {"image_size": 56}),
     Family("RN50", "openai", {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}),
     Family("convnext_base", "openai", {"timm_model_name": "test_convnext", "image_size": 64}),
-    Family("EVA02-B-16", "openai", {"timm_model_name": "eva02_tiny_patch14_224"}),
+    Family("EVA02-B-16", "openai", {"timm_model_name": "eva02_two_layers", "image_size": 64}),
     Family("ViT-B-16-SigLIP", "siglip", {"timm_model_name": "test_vit", "image_size": 160}),
     Family("ViT-B-16-SigLIP2", "siglip", {"timm_model_name": "test_vit", "image_size": 160}),
     Family("MobileCLIP-S1", "mobileclip", {"timm_model_name": "fastvit_t8", "image_size": 64}),
