@@ -100,6 +100,16 @@ def test_every_changed_byte_is_refused(bundle: Path, amount: Amount, count: Call
     GuardedClassifier.load(bundle, digest=digest)
 
 
+def test_a_rewritten_manifest_is_refused_by_the_digest_alone(bundle: Path, count: Callable[[str], None]) -> None:
+    """Whoever hashes everything again is stopped by nothing else: the same bundle loads where no digest is pinned."""
+    digest = open_bundle(bundle).digest
+    (bundle / "README.md").write_text("another card")
+    relist(bundle)
+    refused(bundle, "manifest.json", digest=digest)
+    assert GuardedClassifier.load(bundle).digest != digest
+    count("rewritten bundles whose hashes are right, refused by the pinned digest")
+
+
 def test_files_cut_short_or_grown(bundle: Path, amount: Amount, count: Callable[[str], None]) -> None:
     generator, digest = np.random.default_rng(SEED), open_bundle(bundle).digest
     for name in names_of(bundle):
