@@ -99,7 +99,8 @@ class Settings(_Frozen):
             InputError: the file is missing, no TOML, or names an unknown or impossible setting.
         """
         try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            with path.open("rb") as file:  # read as text, a lone carriage return would end a line; TOML has no such end
+                return cls.model_validate(tomllib.load(file))
         except OSError as error:
             raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
