@@ -212,7 +212,7 @@ def test_progress_is_reported_and_nothing_printed(
     data = few(digits_clean.split.train)
     implant(digits_clean.clip, data, data, patch(32, 0), 3, seed=0, settings=SHORT, progress=steps.append)
     assert [(step.stage, step.step, step.steps) for step in steps] == [
-        ("features", 40, 40),
+        *(("features", number, 40) for number in (16, 32, 40)),
         *(("implant", number, 4) for number in (1, 2, 3, 4)),
     ]
     assert capsys.readouterr().out == ""
