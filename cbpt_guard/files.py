@@ -46,6 +46,11 @@ def check_output(out: Path, force: bool, ours: Iterable[str] = ()) -> None:
         raise SetupError(f"{standing} cannot be written; check its permissions or pass another `--out`")
 
 
+def holds(out: Path, path: Path) -> bool:
+    """Whether a path is `out` or lies in it, links followed; one that leads in a circle lies where it stands."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out))
+
+
 @contextmanager
 def staged(
     out: Path, *, force: bool = False, ours: Iterable[str] = (), resumable: bool = False, resume: bool = False

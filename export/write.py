@@ -40,7 +40,7 @@ from cbpt_guard.export.precision import check_precisions
 from cbpt_guard.export.sbom import sbom
 from cbpt_guard.export.triton import VERSION, check_layout, write_repository
 from cbpt_guard.export.variants import Built, build_full, build_reduced
-from cbpt_guard.files import staged
+from cbpt_guard.files import holds, staged
 from cbpt_guard.manifest import Graph, Manifest, ModelEntry, RuleEntry
 from cbpt_guard.session import Session
 
@@ -189,7 +189,7 @@ def _check_model(run: PurifyRun) -> None:
 
 def _check_target(run: PurifyRun, out: Path) -> None:
     """`force` replaces a whole folder: it must be a bundle, and never the run itself."""
-    if run.path.resolve().is_relative_to(out.resolve()):
+    if holds(out, run.path):
         raise InputError(f"{out} holds the run that is to be exported; pass another `--out`")
     ours = (out / MANIFEST).is_file() or (out / VERSION / MANIFEST).is_file()
     if out.is_dir() and any(out.iterdir()) and not ours:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cbpt_guard.errors import InputError, SetupError
-from cbpt_guard.files import check_output, partial_path, staged, write_text
+from cbpt_guard.files import check_output, holds, partial_path, staged, write_text
 
 
 def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = False) -> None:
@@ -261,6 +261,17 @@ def test_what_is_no_earlier_output_is_not_replaced(tmp_path: Path) -> None:
 def test_an_output_needs_a_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="no name for a new folder"):
         check_output(tmp_path / name if name != "." else Path(name), force=True)
+
+
+def test_what_lies_in_an_output_is_known_through_links(tmp_path: Path) -> None:
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out/data")
+    (tmp_path / "circle").symlink_to("circle")
+    assert holds(tmp_path / "out", tmp_path / "link")
+    assert holds(tmp_path / "link", tmp_path / "out" / "data" / "1.png")
+    assert not holds(tmp_path / "out", tmp_path / "outer")
+    assert not holds(tmp_path / "out", tmp_path / "circle")
+    assert not holds(tmp_path / "circle", tmp_path / "out")
 
 
 def test_looking_at_an_output_makes_nothing(tmp_path: Path) -> None:

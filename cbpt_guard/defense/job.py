@@ -18,6 +18,7 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags, Suspect, check_device, open_suspect, zero_shot_head
 from cbpt_guard.errors import InputError
+from cbpt_guard.files import holds
 
 TEMPLATE = "a photo of a {}."
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
@@ -78,7 +79,7 @@ def check_inputs(job: Job, out: Path) -> None:
     """Refuse an output that would replace what the job reads; `InputError` names it."""
     inputs = {"--model": job.model, "--data": job.data, "--classes": job.classes, "--triggered": job.triggered}
     for flag, path in inputs.items():
-        if path is not None and path.resolve().is_relative_to(out.resolve()):
+        if path is not None and holds(out, path):
             raise InputError(f"{out} holds `{flag}` {path} and would replace it; pass another `--out`")
 
 
