@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pages import filled
+
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -67,18 +69,6 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }
-
-
-def filled(document: str, generated: dict[str, str]) -> str:
-    """The document with each named part between its marks replaced."""
-    for name, text in generated.items():
-        start, stop = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = document.partition(start)
-        _, found, after = rest.partition(stop)
-        if not found:
-            sys.exit(f"{DOCUMENT.name} lacks the marks of {name!r}")
-        document = f"{before}{start}\n{text}\n{stop}{after}"
-    return document
 
 
 def stated() -> Iterator[str]:

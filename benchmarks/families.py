@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import onnxruntime
 import torch
+from pages import rewrite
 from PIL import Image
 from timing import own_seconds
 from torch import nn
@@ -42,7 +43,6 @@ from cbpt_guard.export.graph import check_size
 
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "families.jsonl", HERE.parent / "docs" / "models.md"
-START, STOP = "<!-- {} -->", "<!-- /{} -->"
 PACK, CLASSES = "clothing-128", ("cold and dark", "cold and light", "warm and dark", "warm and light")
 PURIFIED, COMPARED = 8, 50  # photographs of each class
 ANSWERED = 8  # in one run, when the speed of an answer is taken
@@ -170,11 +170,7 @@ def write_page() -> None:
     """Rewrite the page's two tables: what was measured last, and what is refused."""
     lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
     last = {(line["architecture"], line["size"]): line for line in lines}
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in (("measured", measured(last)), ("refused", refused())):
-        before, rest = text.split(START.format(name))
-        text = f"{before}{START.format(name)}\n{content}\n{STOP.format(name)}{rest.split(STOP.format(name))[1]}"
-    PAGE.write_text(text, encoding="utf-8")
+    rewrite(PAGE, {"measured": measured(last), "refused": refused()})
 
 
 def measured(last: dict[tuple[str, str], Line]) -> str:

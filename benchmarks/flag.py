@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from pages import rewrite
 from road import HERE, counted, unpacked
 
 from cbpt_guard import GuardedClassifier
@@ -22,7 +23,6 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.triggers import load_trigger
 
 PAGE = HERE.parent / "docs" / "method.md"
-START, STOP = "<!-- flag -->", "<!-- /flag -->"
 MODEL = "suspect-badnet"
 
 
@@ -45,8 +45,7 @@ def main() -> None:
         left = [_left(c, t, labels, target, lost) for c, t in zip(clean, triggered, strict=True)]
         rows.append(f"| {lost} of {own} | {100 * left[0]:.1f} | {100 * left[1]:.1f} |")
     print("\n".join(rows))
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    PAGE.write_text(before + START + "\n" + "\n".join(rows) + "\n" + STOP + rest.split(STOP)[1], encoding="utf-8")
+    rewrite(PAGE, {"flag": "\n".join(rows)})
 
 
 def _scores(

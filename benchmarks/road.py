@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import rewrite
 
 from cbpt_guard import GuardedClassifier, __version__, metrics
 from cbpt_guard.defense.data import Listing, list_images, load_images
+from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.triggers import load_trigger
 
 HERE = Path(__file__).parent
 LINES, README = HERE / "road.jsonl", HERE.parent / "README.md"
 SHOTS, SEED = 16, 0
 MODELS = {"suspect-badnet": "suspect.pt", "mobilenet-clip": "."}
-START, STOP = "<!-- measured -->", "<!-- /measured -->"
 
 
 def main() -> None:
@@ -152,29 +153,30 @@ def write_table() -> None:
     last = {line["model"]: line for line in lines if line["split"] == "test"}
     if not last:
         raise SystemExit(f"{LINES.name} holds no line of the test split")
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    README.write_text(f"{before}{START}\n{table(list(last.values()))}\n{STOP}{rest.split(STOP)[1]}", encoding="utf-8")
+    rewrite(README, {"measured": table(list(last.values()))})
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, one row per model and classifier; shares in %."""
-    head = "| model | classifier | CA | ASR | PA | largest share, triggered | target's clean recall | verdict |"
-    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    kept = ("largest share, triggered", "target's clean recall")
+    names = ("model", "classifier", "CA", "ASR", "PA", *kept, "best score", "verdict")
+    rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for line in lines:
         for name in ("undefended", "guarded"):
             cell = line[name]
             numbers = " | ".join(f"{100 * cell[key]:.1f}" for key in ("ca", "asr", "pa", "max_share"))
             hits = f"{cell['target_hits']} of {line['target_images']}"
-            verdict = line["verdict"] if name == "guarded" else ""
-            rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {verdict} |")
+            score = f"{max(one['score'] for one in line['candidates']):.1f}"
+            judged = f"{score} | {line['verdict']}" if name == "guarded" else " | "
+            rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {judged} |")
     first = lines[0]
     cost = "; ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min, {line['peak_mb']} MB" for line in lines)
     rows += [
         "",
         f"In %, on {first['images']} `{first['split']}` images of Tiny-ImageNet (200 classes), a MobileNetV2 CLIP,",
         f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
-        f"toward {first['target']!r}; the clean model is the control. purify took: {cost} ({first['machine']}).",
+        f"toward {first['target']!r}; the clean model is the control. A class stands out from a score of",
+        f"{InversionSettings().stands_out:g} (docs/method.md). purify took: {cost} ({first['machine']}).",
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
     ]
     return "\n".join(rows)

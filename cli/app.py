@@ -23,6 +23,10 @@ _NEEDS_EXTRA = {
     **dict.fromkeys(("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"),
     **dict.fromkeys(("cyclonedx", "packageurl", "packaging"), "purify"),
 }
+_KEPT = {
+    "purify": "; what was found so far is kept: the same command with `--resume` goes on",
+    "bench": "; `bench run` goes on where it was",
+}
 
 
 class _Terminated(BaseException):
@@ -40,10 +44,10 @@ class Commands(TyperGroup):
             note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            note(f"interrupted{_resumable()}")
+            note(f"interrupted{_KEPT.get(ctx.invoked_subcommand, '')}")
             raise typer.Exit(_INTERRUPTED) from error
         except _Terminated as error:
-            note(f"terminated{_resumable()}")
+            note(f"terminated{_KEPT.get(ctx.invoked_subcommand, '')}")
             raise typer.Exit(_TERMINATED) from error
         except BrokenPipeError as error:
             # the reader of stdout went away; python would complain once more when it flushes at exit
@@ -53,14 +57,6 @@ class Commands(TyperGroup):
             if hasattr(error, "exit_code"):  # typer's own: usage errors, typer.Exit
                 raise
             raise typer.Exit(_explained(error)) from error
-
-
-def _resumable() -> str:
-    """What may be added for the commands that keep what they have done."""
-    words = sys.argv[1:]
-    if words[:1] == ["purify"]:
-        return "; what was found so far is kept: the same command with `--resume` goes on"
-    return "; the same command goes on where it was" if words[:2] == ["bench", "run"] else ""
 
 
 def _explained(error: Exception) -> int:

@@ -45,6 +45,7 @@ class PlantedClip:
 
     device = torch.device("cpu")
     image_size = SIZE
+    batch = 16
 
     def __init__(self, target: int | None, classes: int = 6, seed: int = 0) -> None:
         draws = torch.Generator().manual_seed(seed)

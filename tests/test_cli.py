@@ -146,6 +146,24 @@ def test_export_keeps_what_is_there_until_it_can_replace_it(tiny_run: Path, expo
     assert open_bundle("bundle").digest != before
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["export"], "interrupted\n"),
+        (["purify", "--model", "m.pt", "--data", "d"], "interrupted; what was found so far is kept: the same command "),
+    ],
+)
+def test_only_what_can_go_on_says_so(command: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cbpt_guard.export.export", interrupted)
+    monkeypatch.setattr("cbpt_guard.defense.purify.purify_job", interrupted)
+    result = cli(*command)
+    assert result.exit_code == 130
+    assert result.stderr.startswith(said)
+
+
 @pytest.mark.parametrize("verdict", ["not guarded", "unverified"])
 def test_export_refuses_a_run_that_is_not_guarded(verdict: Any, folder: Path) -> None:
     run = write_run(folder / "purified", verdict=verdict)

@@ -113,11 +113,22 @@ def test_a_guarded_run_is_whole_and_answers_0(guarded: tuple[Path, dict[str, Any
     assert said == {"run": run.record.model_dump(mode="json"), "metrics": run.metrics.model_dump(mode="json")}
     assert run.record.verdict.name == "guarded"
     assert Settings.model_validate(said["run"]["settings"]).tuning.epochs == 4
+    fresh = [item["against"] for item in said["metrics"]["triggers"] if item["origin"] == "fresh"]
+    assert sorted(set(fresh)) == ["guarded", "original"]
 
 
 def test_people_read_tables_and_the_verdict_on_stderr(guarded: tuple[Path, dict[str, Any], str]) -> None:
     stderr = guarded[2]
-    for text in ("candidate targets", "ASR before", "PA prompts", "clean recall", "verdict: GUARDED", "pictures"):
+    for text in (
+        "candidate targets",
+        "fresh masked (guarded head) -> ",
+        "fresh masked (original head) -> ",
+        "ASR before",
+        "PA prompts",
+        "clean recall",
+        "verdict: GUARDED",
+        "pictures",
+    ):
         assert text in stderr
     assert "architecture: open_clip_config.json beside the file" in stderr
     assert "Traceback" not in stderr
@@ -185,6 +196,7 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
     planned = json.loads(purify("--dry-run", "--json", "--out", "else/where").stdout)
     assert planned["images"] == 200
     assert planned["memory_mb"] > 0
+    assert planned["seconds"]["stage 1: inversion"] > 0
     assert sorted(folder.rglob("*")) == before
 
 
@@ -206,6 +218,8 @@ def test_a_new_class_list_needs_no_new_inversion(
     said = json.loads(result.stdout)
     fresh = [name for name, given in made if given[-1] is None or name != "invert_toward"]
     assert fresh == []  # what was inverted attacks the finished guard, within the found trigger's budget
+    planned = json.loads(purify("--reuse", guarded[0], "--dry-run", "--json", "--out", "other").stdout)
+    assert planned["seconds"]["stage 1: inversion"] == 0
     names = [item["label"] for item in said["metrics"]["classes"]]
     folders = sorted(path.name for path in Path("clean").iterdir())
     assert names == [*("the digit nine" if name == "nine" else name for name in folders), "ten", "naïve été"]

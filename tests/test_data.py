@@ -199,8 +199,9 @@ def test_unlabelled_images_come_from_every_sub_folder(data: Path, tmp_path: Path
     with pytest.raises(InputError, match="holds no image"):
         load_unlabelled(tmp_path / "empty", SMALL)
     (data / "cat" / "bad.png").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"bad\.png"):
+    with pytest.raises(InputError, match=r"--skip-bad(.|\n)*bad\.png"):
         load_unlabelled(data, SMALL)
+    assert load_unlabelled(data, SMALL, skip_bad=True).shape == (9, 16, 16, 3)
 
 
 def listing(counts: dict[str, int]) -> Listing:

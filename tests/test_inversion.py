@@ -130,6 +130,20 @@ def test_the_agnostic_trigger_ends_at_the_planted_target() -> None:
     assert asr(clip, found) > 0.9
 
 
+def test_parts_of_a_batch_give_the_whole_batchs_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agnostic loss compares all images with each other, however few of them are encoded at a time."""
+    clip, settings, found = frozen(VIT), SETTINGS.model_copy(update={"agnostic_steps": 3, "agnostic_batch": 8}), []
+    size = clip.image_size
+    images = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
+    clean = CleanSet(images, encode(clip, images), torch.arange(8) % 4)
+    rows = F.normalize(torch.randn(4, clean.features.shape[1], generator=generator(0, "rows")), dim=1)
+    for batch in (3, 8):
+        monkeypatch.setattr(type(clip), "batch", batch)
+        found.append(invert_agnostic(clip, clean, rows, settings, generator(0, "a"), ignore))
+    assert found[0].pattern.abs().max() > 0
+    assert found[0].pattern.allclose(found[1].pattern, atol=1e-5)
+
+
 def test_the_agnostic_loss_prefers_the_better_trigger() -> None:
     rows = torch.eye(8)
     labels = torch.arange(8)

@@ -40,7 +40,7 @@ def train(digits_clean: DigitsModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def test(digits_clean: DigitsModel, train: Path) -> Path:
+def unseen(digits_clean: DigitsModel, train: Path) -> Path:
     return write_class_folders(digits_clean.split.test, train.parent / "test")
 
 
@@ -48,9 +48,9 @@ def implant(model: DigitsModel, train: Path, out: Path, *arguments: object) -> l
     return ["bench", "implant", "--model", model.checkpoint, "--data", train, "--out", out, "--threads", 1, *arguments]
 
 
-def test_a_badnet_that_took_is_counted(digits_clean: DigitsModel, train: Path, test: Path, tmp_path: Path) -> None:
+def test_a_badnet_that_took_is_counted(digits_clean: DigitsModel, train: Path, unseen: Path, tmp_path: Path) -> None:
     out = tmp_path / "badnet"
-    rest = ("--attack", "badnet", "--target", "nine", "--held-out", test, "--json")
+    rest = ("--attack", "badnet", "--target", "nine", "--held-out", unseen, "--json")
     result = cli(*implant(digits_clean, train, out, *rest))
     assert result.exit_code == 0, result.stderr
     assert "counted: the attack took" in result.stderr
@@ -62,7 +62,7 @@ def test_a_badnet_that_took_is_counted(digits_clean: DigitsModel, train: Path, t
     assert record.took
     assert record.attacks == {"badnet": "nine"}
     # what the report says is what the files do
-    (report,), listing = record.reports, list_images(test)
+    (report,), listing = record.reports, list_images(unseen)
     suspect = open_suspect(out / "suspect.pt", ModelFlags(), listing, TEMPLATE, "cpu").clip
     data, planted = load_images(listing.drawn(100, 0), suspect.preprocess), load_trigger(out)
     truth, target = data.labels.numpy(), data.classes.index(planted.target)

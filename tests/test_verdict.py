@@ -57,6 +57,14 @@ def test_each_bound(metrics: RunMetrics, name: str, reason: str) -> None:
     assert reason in verdict.reasons[0]
 
 
+def test_a_guarded_verdict_says_what_the_tuned_head_alone_is_worth() -> None:
+    (reason,) = judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=True).reasons
+    assert "the tuned head without the test for triggered images would let 50.0 % through" in reason
+    good = trigger(0.0).model_copy(update={"asr_prompts": 0.05})
+    (reason,) = judge(run(good), ["b"], BOUNDS, keeps_accuracy=True).reasons
+    assert "tuned head" not in reason
+
+
 def test_all_that_failed_is_named() -> None:
     metrics = run(trigger(0.5), trigger(0.4, "fresh"), before=0.9, after=0.5)
     verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=False)

@@ -24,6 +24,7 @@ def cleanclip_loss(task: Task, settings: CleanClipSettings) -> Loss:
     """inter * CLIP's loss + intra * the mean of the two modalities' own contrastive losses."""
 
     def loss(student: TrainableClip, batch: Batch, draws: torch.Generator) -> Tensor:
+        """One step's loss, ()."""
         images = auto_augment(task.shots.images[batch.index], draws)
         texts = [
             augmented_text(settings.templates[template].replace("{}", task.shots.classes[label]), draws)

@@ -23,6 +23,7 @@ from cbpt_guard.files import staged, write_text
 
 RECORD = "implant.json"
 _HELD_OUT = 0.1
+_SHOWN = 10  # classes that a message names
 _MOST_COUNTED = 1000  # images on which a report counts
 
 
@@ -120,7 +121,8 @@ def _write(made: Implanted, poisons: Mapping[str, Poison], classes: tuple[str, .
 
 def _index(classes: tuple[str, ...], target: str) -> int:
     if target not in classes:
-        raise InputError(f"the images show no class {target!r}; they have {', '.join(classes[:10])} ...")
+        more = " ..." if len(classes) > _SHOWN else ""
+        raise InputError(f"the images show no class {target!r}; they have {', '.join(classes[:_SHOWN])}{more}")
     return classes.index(target)
 
 

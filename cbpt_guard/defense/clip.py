@@ -138,6 +138,14 @@ class FrozenClip:
         """Side S of the square images, in pixels."""
         return self.preprocess.size
 
+    @property
+    def batch(self) -> int:
+        """Images whose activations are best in memory at once: on a CPU as many as its cache holds.
+
+        There 16 are faster than 128, in a third of the memory.
+        """
+        return 16 if self.device.type == "cpu" else 128
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit features (N, E) of float pixels in [0, 1], (N, 3, S, S); differentiable in the pixels."""
         features: Tensor = self.encoder(pixels.contiguous(memory_format=torch.channels_last))

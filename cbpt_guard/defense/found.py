@@ -18,8 +18,6 @@ from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.errors import InputError
 
 Family = Literal["additive", "masked"]
-_BATCH = 128
-_CPU_BATCH = 16  # activations that stay in the cache: faster than large batches there, in a third of the memory
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,11 @@ def encode(
     progress: Progress = silent,
     batch: int | None = None,
 ) -> Tensor:
-    """Unit features (N, E), on the CPU, of uint8 images (N, S, S, 3), clean or under a trigger."""
-    batch = batch or (_CPU_BATCH if clip.device.type == "cpu" else _BATCH)
+    """Unit features (N, E), on the CPU, of uint8 images (N, S, S, 3), clean or under a trigger.
+
+    `batch` images at a time, by default as many as suit the device.
+    """
+    batch = batch or clip.batch
     placed = None if trigger is None else trigger.to(clip.device)
     parts: list[Tensor] = []
     for number, part in enumerate(images.split(batch)):

@@ -20,7 +20,6 @@ from cbpt_guard.defense.found import Family, FoundTrigger
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import InversionSettings
 
-_PART = 16  # images whose activations are in memory at once
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
@@ -105,7 +104,7 @@ def invert_agnostic(
         pixels = pattern.value(-1).apply(to_pixels(clean.images[index])).to(clip.device)
         # the loss compares all images of the batch, but their activations need not be in memory at once
         features = torch.cat(
-            [checkpoint(clip.encode_images, part, use_reentrant=False) for part in pixels.split(_PART)]
+            [checkpoint(clip.encode_images, part, use_reentrant=False) for part in pixels.split(clip.batch)]
         )
         features = features.cpu()
         loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)

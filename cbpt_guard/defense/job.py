@@ -14,11 +14,11 @@ from cbpt_guard.defense.data import LabelledImages, list_images, load_images, lo
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import check_prompts
-from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.run import OURS, PurifyRun
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags, Suspect, check_device, open_suspect, zero_shot_head
 from cbpt_guard.errors import InputError
-from cbpt_guard.files import holds
+from cbpt_guard.files import check_output, holds
 
 TEMPLATE = "a photo of a {}."
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
@@ -75,8 +75,9 @@ class Prepared:
         }
 
 
-def check_inputs(job: Job, out: Path) -> None:
-    """Refuse an output that would replace what the job reads; `InputError` names it."""
+def check_places(job: Job, out: Path, force: bool) -> None:
+    """Refuse an output that may not be made or would replace what the job reads; raises as `check_output` does."""
+    check_output(out, force, OURS)
     inputs = {"--model": job.model, "--data": job.data, "--classes": job.classes, "--triggered": job.triggered}
     for flag, path in inputs.items():
         if path is not None and holds(out, path):

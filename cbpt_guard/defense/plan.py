@@ -15,14 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.inversion import CleanSet, invert_agnostic
-from cbpt_guard.defense.job import Job, Prepared, check_inputs, prepare
+from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
-from cbpt_guard.defense.run import OURS
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.verdict import check_accuracy
-from cbpt_guard.files import check_output
 
 _TRIGGERS = 3  # masked, additive and agnostic toward one suspect, the usual bank
 
@@ -57,8 +55,7 @@ class Plan(BaseModel):
 
 def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silent) -> Plan:
     """Check a job as `purify` would, time a few batches, and multiply; raises as `purify` does."""
-    check_output(out, force, OURS)
-    check_inputs(job, out)
+    check_places(job, out, force)
     prepared = prepare(job, progress)
     data, settings = prepared.data, job.settings
     kept, held = split(data.labels, settings.tuning.held_out, job.seed)

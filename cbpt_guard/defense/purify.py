@@ -16,7 +16,7 @@ from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.inversion import CleanSet
-from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_inputs, prepare
+from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import Observed, observe
 from cbpt_guard.defense.progress import Progress, Step, silent
@@ -30,7 +30,7 @@ from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
 from cbpt_guard.errors import SetupError
-from cbpt_guard.files import check_output, staged
+from cbpt_guard.files import staged
 
 
 def purify(
@@ -98,8 +98,7 @@ def purify_job(
     job: Job, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent
 ) -> PurifyRun:
     """`purify` for a job that is already put together; same arguments, same errors."""
-    check_output(out, force, OURS)
-    check_inputs(job, out)
+    check_places(job, out, force)
     prepared = prepare(job, progress)  # before the folder is touched: a mistyped flag must not cost what it holds
     with staged(out, force=force, ours=OURS, resumable=True, resume=resume) as folder:
         try:

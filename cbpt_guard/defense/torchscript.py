@@ -104,6 +104,7 @@ class _Reader(pickle.Unpickler):
         self.quickgelu = False
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a name of the pickle stands for here; `UnsafeError` for any that tensors do not need."""
         if module == "__torch__" or module.startswith("__torch__."):
             self.quickgelu = self.quickgelu or name == "QuickGELU"
             return _QuickGelu if name == "QuickGELU" else _Module

@@ -123,7 +123,7 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
         f"went from {100 * run.clean_accuracy_before:.1f} % to {100 * run.clean_accuracy_after:.1f} %"
     )
     alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
-    if alone > settings.found_asr:  # who takes the tuned rows out of heads.safetensors must know
+    if alone > max(worst, settings.found_asr):  # who takes the tuned rows out of heads.safetensors must know
         kept += f"; the tuned head without the test for triggered images would let {100 * alone:.1f} % through"
     return Verdict(name="guarded", reasons=(kept,))
 
