@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT, SCRIPT
 
-PATIENCE = 300.0
+PATIENCE, MOMENT = 300.0, 5.0
 TIMES = {"created", "seconds"}
 
 
@@ -67,11 +67,15 @@ class Started:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.end()
-        end = time.monotonic() + 60  # one that is still importing notices a little later
+        self.assert_alone()
+        return self.process.returncode == -signal.SIGKILL
+
+    def assert_alone(self) -> None:
+        """No child outlived the command; the system needs a moment, and a child that has just begun one more."""
+        end = time.monotonic() + MOMENT
         while (left := self.children()) and time.monotonic() < end:
             time.sleep(0.01)
         assert not left, left
-        return self.process.returncode == -signal.SIGKILL
 
     def children(self) -> list[str]:
         """Processes that know this command's temporary folder: by their command line, or by what they inherited."""

@@ -310,23 +310,37 @@ def test_time_is_bounded(tmp_path: Path) -> None:
         read_checkpoint(endless(tmp_path / "x.pt"), Limits(seconds=1))
 
 
-def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from cbpt_guard.defense.sandbox import *\n"
-    script += f"run_confined({reader.__name__!r}, Path(sys.argv[1]), 1, Limits(seconds=60))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(reader.__file__).parents[2])}
-    parent = subprocess.Popen([sys.executable, "-c", script, str(endless(tmp_path / "x.pt"))], env=environment)
+LOADING = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).with_name('loads').touch(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_child_dies_with_its_parent(reads: bool, tmp_path: Path) -> None:
+    """While it reads, and before that, while it still imports: a module that never gets further stands for torch."""
+    (tmp_path / "loading.py").write_text(LOADING, encoding="utf-8")
+    module, source = (reader.__name__, endless(tmp_path / "x.pt")) if reads else ("loading", tmp_path / "x.pt")
+    script = "import sys; from pathlib import Path; from cbpt_guard.defense import sandbox\n"
+    script += "here = sandbox.child_environment\n"
+    script += "sandbox.child_environment = lambda folder: here(folder) | {'PYTHONPATH': sys.argv[3]}\n"
+    script += "sandbox.run_confined(sys.argv[2], Path(sys.argv[1]), 1, sandbox.Limits(seconds=60))"
+    path = f"{tmp_path}{os.pathsep}{Path(reader.__file__).parents[2]}"
+    command = [sys.executable, "-c", script, str(source), module, path]
+    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     child = ""
-    while not child or "NoNewPrivs:\t1" not in Path(f"/proc/{child}/status").read_text(encoding="ascii"):
+    while not (child and (_confined(child) if reads else (tmp_path / "loads").exists())):
         assert parent.poll() is None
         time.sleep(0.05)
         child = children.read_text(encoding="ascii").strip()
-    parent.kill()  # the child has confined itself and reads by now
+    parent.kill()
     parent.wait()
     start = time.monotonic()
     while _runs(int(child)):
         assert time.monotonic() - start < 20  # a third of its limit
         time.sleep(0.05)
+
+
+def _confined(process: str) -> bool:
+    return "NoNewPrivs:\t1" in Path(f"/proc/{process}/status").read_text(encoding="ascii")
 
 
 def _runs(process: int) -> bool:

@@ -78,11 +78,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
 
 
 JUDGE = """
-import json, os, resource, sys
+import json, resource, sys
 from pathlib import Path
 from cbpt_guard.defense import reader
 from cbpt_guard.defense.sandbox import confine
-confine(1 << 30, 900, os.getppid())
+confine(1 << 30, 900)
 for path in sys.stdin.read().splitlines():
     report = reader.report_on(Path(path))
     (Path(path).parent / reader.OUTPUT).unlink(missing_ok=True)
@@ -436,13 +436,13 @@ def test_a_path_that_keeps_changing_gives_what_was_hashed(tmp_path: Path, amount
 
 
 FLIPS = """
-import json, os, random, sys
+import json, random, sys
 from pathlib import Path
 import safetensors.torch
 from cbpt_guard.defense import layouts, reader
 from cbpt_guard.defense.sandbox import confine
 from cbpt_guard.errors import CbptGuardError
-confine(1 << 30, 3000, os.getppid())
+confine(1 << 30, 3000)
 for source in map(Path, sys.argv[2:]):
     data, draw = source.read_bytes(), random.Random(source.name)
     edge = min(30_000, len(data))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.errors import CbptGuardError, InputError, SetupError
 
 READS = "test-reads.jsonl"
+_PATIENCE = 10.0  # seconds for a process that was told to end
 Result = TypeVar("Result")
 Report = Callable[[str], None]
 
@@ -126,6 +128,8 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
     finally:
         ours.close()
         process.terminate()  # does nothing to one that has answered
+        process.join(_PATIENCE)
+        process.kill()
         process.join()
     if isinstance(result, CbptGuardError):
         raise result
@@ -149,6 +153,7 @@ def _answering(
     answer: Connection, work: Callable[..., object], arguments: tuple[object, ...], start: Callable[[], None]
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _end)
     start()
     try:
         result = work(*arguments)
@@ -156,7 +161,14 @@ def _answering(
         result = error
     except OSError as error:  # a full disk, a folder that was taken away
         result = SetupError(f"measuring failed: {error}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to tidy up
     answer.send(result)
+
+
+def _end(*_: object) -> None:
+    """An orderly end, once: temporary files and children go with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _end_with_parent() -> None:

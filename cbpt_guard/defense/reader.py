@@ -37,8 +37,8 @@ class Loaded:
 
 def main(arguments: list[str]) -> int:
     """Read `arguments[0]` under limits; a report on stdout says what was found or why it was refused."""
-    source, memory, seconds, parent = arguments
-    confine(int(memory), int(seconds), int(parent))
+    source, memory, seconds = arguments
+    confine(int(memory), int(seconds))
     sys.stdout.write(json.dumps(report_on(Path(source))))
     return 0
 

@@ -17,7 +17,18 @@ from cbpt_guard.errors import CbptGuardError, CheckpointError, SetupError, Unsaf
 
 _REPORT_BYTES = 1 << 20
 _BASE_MEMORY = 1 << 30
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+# The child's first act, a second before torch is imported: PR_SET_PDEATHSIG (1) with SIGKILL (9), then a look whether
+# the parent died before that could notice.
+_TIED = """\
+import ctypes, os, runpy, sys
+module, parent = sys.argv[1:3]
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(parent):
+    os._exit(1)
+del sys.argv[1:3]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 _REFUSALS: dict[str, type[CbptGuardError]] = {"unsafe": UnsafeError, "malformed": CheckpointError}
 
 
@@ -54,7 +65,9 @@ def require_linux() -> None:
 
 
 def run_confined(module: str, source: Path, size: int, limits: Limits) -> dict[str, Any]:
-    """Run `python -m module source ...` as a confined child and return the report it leaves on its stdout.
+    """Run `python -m module source memory seconds` as a child that dies with this process; its report on stdout.
+
+    The module confines itself (`confine`) before it opens the source.
 
     Raises:
         UnsafeError: the child found code, or foreign globals.
@@ -64,8 +77,8 @@ def run_confined(module: str, source: Path, size: int, limits: Limits) -> dict[s
     require_linux()
     folder = source.parent
     memory = limits.memory_for(size)
-    arguments = [str(source), str(memory), str(limits.seconds), str(os.getpid())]
-    command = [sys.executable, "-P", "-s", "-B", "-m", module, *arguments]
+    arguments = [module, str(os.getpid()), str(source), str(memory), str(limits.seconds)]
+    command = [sys.executable, "-P", "-s", "-B", "-c", _TIED, *arguments]
     with (folder / "report.json").open("wb") as report, (folder / "stderr.txt").open("wb") as log:
         try:
             code = subprocess.run(  # noqa: S603 - this interpreter on a module of ours, by a list: no shell reads it
@@ -116,17 +129,14 @@ def _head(path: Path) -> str:
         return file.read(_REPORT_BYTES).decode("utf-8", "replace")
 
 
-def confine(memory: int, seconds: int, parent: int) -> None:
-    """Bind the calling process, for good: it dies with `parent`, and dies beyond `memory` bytes or `seconds`.
+def confine(memory: int, seconds: int) -> None:
+    """Bind the calling process, for good: it dies beyond `memory` bytes or `seconds`, and gains no rights.
 
     The address space already in use (Python and torch) comes on top of `memory`.
     """
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # the parent died before the line above could notice
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
