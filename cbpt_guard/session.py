@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn
@@ -155,6 +156,8 @@ def _create(model: bytes, names: list[str], threads: int | None, *, spin: bool, 
             f"asked for {', '.join(names)}, but onnxruntime chose {', '.join(session.get_providers())}; "
             f"the provider's own libraries or its device are missing{_two_builds()}"
         )
+    if both := _two_builds():
+        warnings.warn(both.removeprefix("; "), RuntimeWarning, stacklevel=2)
     session._model_bytes = None  # kept for a fallback that is switched off: as much memory as the weights
     _trim()
     return session

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_guard.cli.show import note, one_line, outline, plain
+from cbpt_guard.cli.show import note, one_line, outline
 
 
 def export(
@@ -86,7 +86,7 @@ def verify(
         sys.stdout.write(json.dumps({"digest": report.digest, "checks": checks}, indent=1) + "\n")
         return
     for check in report.checks:
-        sys.stdout.write(plain(f"{check.name}: {check.outcome}") + "\n")
+        sys.stdout.write(one_line(f"{check.name}: {check.outcome}") + "\n")
     sys.stdout.write(f"{report.digest}\n")
 
 

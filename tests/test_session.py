@@ -113,5 +113,7 @@ def test_two_builds_of_onnxruntime_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SetupError, match="onnxruntime and onnxruntime-gpu are both installed") as both:
         GuardedClassifier.load(pristine_bundle, providers="cuda")
+    with pytest.warns(RuntimeWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
+        GuardedClassifier.load(pristine_bundle)  # it works, and is not what anybody installed
     assert "both installed" not in str(alone.value)
     assert "uninstall all, install one" in str(both.value)

@@ -181,6 +181,17 @@ def test_class_names_reach_no_terminal_raw(
     figures.add("images", "sets of class names through the commands", examples)
 
 
+def test_what_a_check_says_reaches_no_terminal_raw(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check of today quotes a bundle's own words; one of tomorrow might."""
+    from cbpt_guard import export
+
+    report = export.VerifyReport("sha256:0", tuple(export.Check(name, name) for name in NASTY))
+    monkeypatch.setattr(export, "verify", lambda *_, **__: report)
+    found = cli("verify", tiny_bundle)
+    assert found.exit_code == 0
+    assert_tame(found.stdout)
+
+
 def test_names_in_a_csv_reach_no_terminal_raw(
     tiny_bundle: Path, tmp_path: Path, amount: Callable[[int, int], int]
 ) -> None:
@@ -248,7 +259,8 @@ def test_tables_of_evidence_show_class_names_tamely(names: list[str]) -> None:
     from cbpt_guard.bench.table import table
 
     lines = [line(target=name, verdict=name, seed=seed) for seed, name in enumerate(names)]
-    for text in (table(lines), table([line(implant=names[0], target=names[0])]), summary(lines)):
+    own = [line(implant=names[0], target=names[0]), line(dataset=names[0], defense=names[0])]
+    for text in (table(lines), table(own[:1]), summary(lines), summary(own)):
         assert_tame(text)
         rows = [row for row in text.splitlines() if row.startswith("|")]
         assert all(re.search(r"(?<!\\)[<`\[]", row) is None for row in rows)
