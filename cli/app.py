@@ -16,7 +16,7 @@ from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify
 from cbpt_guard.cli.show import note, plain
 from cbpt_guard.errors import CbptGuardError
 
-_BUG, _INTERRUPTED, _TERMINATED = 70, 130, 143
+_BUG = 70
 _NEEDS_EXTRA = {
     "matplotlib": "bench",
     "onnxruntime": "cpu",
@@ -33,6 +33,14 @@ class _Terminated(BaseException):
     """SIGTERM arrived; unwinds like Ctrl-C, so that locks are released and the work so far stays resumable."""
 
 
+_STOPS: dict[int, tuple[type[BaseException], str]] = {
+    signal.SIGINT: (KeyboardInterrupt, "interrupted"),
+    signal.SIGTERM: (_Terminated, "terminated"),
+}
+# What asked this process to stop. The exception alone does not tell: a library may wrap it in an error of its own.
+_received: list[int] = []
+
+
 class Commands(TyperGroup):
     """A group whose commands may raise any error of the tree."""
 
@@ -40,26 +48,29 @@ class Commands(TyperGroup):
         """Run a command; every error ends as one message on stderr and an exit code."""
         try:
             return super().invoke(ctx)
-        except CbptGuardError as error:
-            note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            note(f"interrupted{_KEPT.get(ctx.invoked_subcommand, '')}")
-            raise typer.Exit(_INTERRUPTED) from error
-        except _Terminated as error:
-            note(f"terminated{_KEPT.get(ctx.invoked_subcommand, '')}")
-            raise typer.Exit(_TERMINATED) from error
-        except BrokenPipeError as error:
-            # the reader of stdout went away; python would complain once more when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from error
-        except Exception as error:
-            if hasattr(error, "exit_code"):  # typer's own: usage errors, typer.Exit
+        except (Exception, KeyboardInterrupt, _Terminated) as error:
+            if hasattr(error, "exit_code") and not isinstance(error, CbptGuardError):  # typer's own: usage, typer.Exit
                 raise
-            raise typer.Exit(_explained(error)) from error
+            raise typer.Exit(_told(error, ctx.invoked_subcommand)) from error
 
 
-def _explained(error: Exception) -> int:
+def _told(error: BaseException, command: str | None) -> int:
+    """Say what ended a command, and answer its exit code."""
+    stops = [number for number, (kind, _) in _STOPS.items() if isinstance(error, kind)] or _received
+    if stops:
+        note(_STOPS[stops[0]][1] + _KEPT.get(command or "", ""))
+        return 128 + stops[0]
+    if isinstance(error, CbptGuardError):
+        note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        # the reader of stdout went away; python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return _explained(error)
+
+
+def _explained(error: BaseException) -> int:
     """Say what an error outside the tree means, and answer its exit code: a missing extra, or a bug."""
     module = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     extra = _NEEDS_EXTRA.get(module.partition(".")[0])
@@ -107,12 +118,15 @@ def _options(
 
 def main() -> None:
     """Run the command line; `cbpt-guard` calls this."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell's background ignores it
+        signal.signal(signal.SIGINT, _stop)
     app()
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise _STOPS[number][0]
 
 
 __all__ = ["app", "main", "plain"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +164,26 @@ def test_only_what_can_go_on_says_so(command: list[str], said: str, monkeypatch:
     result = cli(*command)
     assert result.exit_code == 130
     assert result.stderr.startswith(said)
+
+
+def test_a_signal_that_a_library_wraps_is_still_what_ended_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter of torch turned Ctrl-C into an error of its own, and a user read of a bad architecture."""
+    commands = importlib.import_module("cbpt_guard.cli.app")
+    monkeypatch.setattr(commands, "_received", [])
+
+    def exports(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise CheckError("this architecture cannot be exported") from error
+
+    monkeypatch.setattr("cbpt_guard.export.export", exports)
+    before = signal.signal(signal.SIGINT, commands._stop)
+    try:
+        result = cli("export")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("verdict", ["not guarded", "unverified"])

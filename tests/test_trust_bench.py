@@ -25,7 +25,8 @@ pytestmark = pytest.mark.trust
 
 Amount = Callable[[int, int], int]
 SEED, LINES = 20261125, "lines.jsonl"
-DEFENCES = {"PYTHONPATH": str(Path(__file__).parent)}  # where a plan's own defence is imported from
+# where a plan's own defence is imported from, before what the tests themselves were told
+DEFENCES = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
 PLAN = """
 [datasets.digits]
 model = "clean/suspect.pt"
