@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 Work = Callable[[], object]
-_PAUSE = 0.02  # a session's threads may spin for a moment after a run, and the other must not pay for that
+_MOMENT = 0.01  # seconds
 
 
 class Watch:
@@ -46,7 +46,7 @@ def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
     ours(), theirs()
     for number in range(rounds):
         for work in (ours, theirs) if number % 2 else (theirs, ours):
-            time.sleep(_PAUSE)
+            _settle()
             started = time.perf_counter()
             work()
             times[work].append(1000 * (time.perf_counter() - started))
@@ -57,6 +57,15 @@ def interleaved(ours: Work, theirs: Work, rounds: int) -> dict[str, Any]:
         "theirs_ms": round(statistics.median(times[theirs]), 3),
         "rounds": rounds,
     }
+
+
+def _settle() -> None:
+    """Wait until this process rests: a session's threads spin for 40 ms after a run, and the other must not pay."""
+    spent = 1.0
+    while spent > _MOMENT / 10:
+        before = time.process_time()
+        time.sleep(_MOMENT)
+        spent = time.process_time() - before
 
 
 def processor_ms(work: Work) -> float:

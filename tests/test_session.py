@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ def test_the_bytes_are_not_kept_beside_the_weights(pristine_bundle: Path) -> Non
     assert session._session._model_bytes is None
 
 
+BOUNDED = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 26)
+
+
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]:
     """The options of every session that is created."""
@@ -73,8 +77,15 @@ def options(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]
     return seen
 
 
-def spinning(options: onnxruntime.SessionOptions) -> str:
-    return options.get_session_config_entry("session.intra_op.allow_spinning")
+def spinning(options: onnxruntime.SessionOptions) -> tuple[str, str]:
+    """Whether threads may spin, and for how long."""
+    found = []
+    for key in ("allow_spinning", "spin_duration_us"):
+        try:
+            found.append(options.get_session_config_entry(f"session.intra_op.{key}"))
+        except RuntimeError:  # never set
+            found.append("")
+    return found[0], found[1]
 
 
 def test_threads_spinning_and_arena_are_arguments(
@@ -83,8 +94,12 @@ def test_threads_spinning_and_arena_are_arguments(
     GuardedClassifier.load(pristine_bundle)
     GuardedClassifier.load(pristine_bundle, threads=3, spin=True, arena=False)
     default, chosen = options
-    assert (spinning(default), default.enable_cpu_mem_arena) == ("0", True)
-    assert (chosen.intra_op_num_threads, spinning(chosen), chosen.enable_cpu_mem_arena) == (3, "1", False)
+    brief = ("1", "50") if BOUNDED else ("0", "")
+    assert (spinning(default), default.enable_cpu_mem_arena) == (brief, True)
+    assert (chosen.intra_op_num_threads, spinning(chosen), chosen.enable_cpu_mem_arena) == (3, ("1", ""), False)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.1")
+    GuardedClassifier.load(pristine_bundle)  # it knows no bound, and would spin as long as it likes
+    assert spinning(options[-1]) == ("0", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     GuardedClassifier.load(pristine_bundle)  # one of 64 processors: onnxruntime would start 64 threads
@@ -98,6 +113,19 @@ def test_a_smaller_batch_limit_changes_no_answer(pristine_bundle: Path) -> None:
     images = list(np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8))
     few, many = (GuardedClassifier.load(pristine_bundle, batch_size=size, decoders=1) for size in (2, 100))
     assert [p.label for p in few.predict(images)] == [p.label for p in many.predict(images)]
+
+
+def test_a_run_leaves_no_thread_spinning(pristine_bundle: Path) -> None:
+    """Whoever has work next finds the processor free."""
+    guard = GuardedClassifier.load(pristine_bundle, threads=2)
+    images = np.zeros((8, SIZE, SIZE, 3), np.uint8)
+    spent = []
+    for _ in range(5):
+        guard.run(images)
+        before = time.process_time()
+        time.sleep(0.05)
+        spent.append(time.process_time() - before)
+    assert sorted(spent)[2] < 0.01
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is there")
