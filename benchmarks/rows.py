@@ -75,7 +75,7 @@ def predict_over_session(work: Work) -> list[Line]:
         found = interleaved(
             lambda g=guard, i=images: g.predict(i),
             lambda s=session, p=pixels: s.run(None, {"image": p}),
-            work.rounds(60 if batch == 1 else 15),
+            work.rounds(60 if batch == 1 else 40),
         )
         lines.append({"model": VIT, "batch": batch, "must": ["<=", must], **found})
     return lines
@@ -88,7 +88,7 @@ def guard_over_zero_shot(work: Work) -> list[Line]:
     guarded, bare = raw_session(work.bundle(VIT)), raw_session(alone)
     pixels = noise(VIT, 8, work)
     found = interleaved(
-        lambda: guarded.run(None, {"image": pixels}), lambda: bare.run(None, {"image": pixels}), work.rounds(40)
+        lambda: guarded.run(None, {"image": pixels}), lambda: bare.run(None, {"image": pixels}), work.rounds(150)
     )
     return [{"model": VIT, "batch": 8, "must": ["<=", 1.01], **found}]
 
@@ -147,7 +147,7 @@ def _against_torch(work: Work, precision: str, must: dict[str, dict[int, float |
                 with torch.inference_mode():
                     visual(floats)
 
-            rounds = work.rounds(40 if batch == 1 else 10)
+            rounds = work.rounds(40 if batch == 1 else 30)
             found = interleaved(eager, lambda g=guard, p=pixels: g.run(p), rounds)
             names = {"ours_ms": "torch_ms", "theirs_ms": "graph_ms"}
             found = {names.get(key, key): value for key, value in found.items()}
