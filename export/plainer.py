@@ -1,7 +1,7 @@
 """Modules as an ONNX file wants them: the same maths, written so that every runtime knows what to fuse.
 
 torch's attention writes a dozen copies of its tensors into every layer, and its GELU comes out in an order of factors
-that onnxruntime does not recognise.
+that onnxruntime does not recognise. A ViT computes its last block for every patch, and looks at one token of it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cbpt_guard.defense.openclip import pooled_by_first_token
 
 
 class PlainAttention(nn.Module):
@@ -64,15 +67,36 @@ class PlainGelu(nn.Module):
         return (x * 0.5) * (torch.erf(x / math.sqrt(2.0)) + 1.0)
 
 
+class FirstTokenBlock(nn.Module):
+    """A block's answer for the first token alone, (N, 1, D): all that a tower which pools by that token looks at.
+
+    Queries, the MLP and both sums shrink to it; keys and values stay. It is a twelfth of a ViT-B, less a little.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
+        """Of tokens (N, L, D)."""
+        block: Any = self.block
+        normed, first = block.ln_1(x), x[:, :1]
+        first = first + block.ls_1(block.attn(normed[:, :1], normed, normed, need_weights=False)[0])
+        answer: Tensor = first + block.ls_2(block.mlp(block.ln_2(first)))
+        return answer
+
+
 @contextmanager
 def plainer(module: nn.Module) -> Iterator[None]:
-    """Within, a frozen module's attentions and GELUs are plain ones."""
+    """Within, a frozen module's attentions, GELUs and last blocks are plain ones."""
     places = [
         (parent, name, child, plain)
         for parent in module.modules()
         for name, child in parent.named_children()
         if (plain := _plain(child)) is not None
     ]
+    last = ((blocks, str(len(blocks) - 1), blocks[-1]) for blocks in pooled_by_first_token(module))
+    places.extend((blocks, name, block, FirstTokenBlock(block)) for blocks, name, block in last)
     try:
         for parent, name, _, plain in places:
             setattr(parent, name, plain.eval().requires_grad_(False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import small_clips
 import torch
@@ -41,6 +43,22 @@ def test_a_tower_is_plainer_within_and_its_old_self_afterwards() -> None:
         assert torch.allclose(tower(pixels), wanted, atol=1e-5)
     assert [id(module) for module in tower.modules()] == before
     assert torch.equal(tower(pixels), wanted)
+
+
+@pytest.mark.parametrize(("pool_type", "tokens"), [("tok", [17, 1]), ("avg", [17, 17])])
+def test_the_last_block_computes_what_is_looked_at(pool_type: str, tokens: list[int]) -> None:
+    """One token, in a tower that pools by it; all of them where it pools otherwise."""
+    config = {**small_clips.VIT, "vision_cfg": {**small_clips.VIT["vision_cfg"], "pool_type": pool_type}}
+    tower: Any = small_clips.model(config).visual
+    seen: list[int] = []
+    for block in tower.transformer.resblocks:
+        block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    pixels = torch.rand(2, 3, 32, 32)
+    wanted = tower(pixels)
+    with plainer(tower):
+        seen.clear()
+        assert torch.allclose(tower(pixels), wanted, atol=1e-5)
+    assert seen == tokens
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ _make_torchvision_importable()
 import open_clip  # noqa: E402
 from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer  # noqa: E402
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # noqa: E402
 
 VERSION: str = open_clip.__version__
 _BUILD_ERRORS = (
@@ -170,3 +171,16 @@ def _local_tokenizer(folder: Path, context_length: int, options: dict[str, Any])
         raise InputError(f"reading the tokenizer in {folder} needs `pip install 'cbpt-guard[tokenizer]'`") from error
     except Exception as error:  # the tokenizer libraries raise anything on a malformed file
         raise InputError(f"{folder} holds no usable tokenizer: {error}") from error
+
+
+def pooled_by_first_token(module: nn.Module) -> list[nn.ModuleList]:
+    """The blocks of every ViT within that pools by its first token: the last block computes the others in vain."""
+    found = []
+    for tower in module.modules():
+        if not isinstance(tower, VisionTransformer) or tower.pool_type != "tok" or tower.attn_pool is not None:
+            continue
+        blocks: nn.ModuleList = tower.transformer.resblocks
+        usual = tower.transformer.batch_first and not tower.output_tokens
+        if usual and type(blocks[-1]) is ResidualAttentionBlock:
+            found.append(blocks)
+    return found
