@@ -244,17 +244,26 @@ def test_a_csv_equals_the_folder(folder: Path, guarded: tuple[Path, dict[str, An
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_corrupt_images_stop_or_are_left_out_by_name(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:
+def test_corrupt_images_stop_or_are_left_out_by_name(
+    folder: Path, guarded: tuple[Path, dict[str, Any], str], attacked: Path
+) -> None:
     data = own_data(folder)
     for name in ("eight", "five"):
         next((data / name).iterdir()).write_bytes(b"\x89PNG no more")
     assert_refused(purify(data="own"), "2 images cannot be read", "own/eight/", "own/five/", "--skip-bad")
     assert not list(folder.glob(".purified*"))
-    result = purify("--skip-bad", "--reuse", guarded[0], "--json", data="own")
+    shutil.copytree(attacked, folder / "attack")
+    (folder / "attack" / "bad.png").write_bytes(b"\x89PNG no more")
+    result = purify("--skip-bad", "--reuse", guarded[0], "--triggered", "attack", "--json", data="own")
     assert result.exit_code == 0, result.stderr
-    assert "2 images could not be read and were left out" in result.stderr
-    skipped = json.loads(result.stdout)["run"]["data"]["skipped"]
-    assert [item.partition(":")[0].rpartition("/")[0] for item in skipped] == ["own/eight", "own/five"]
+    assert "3 images could not be read and were left out" in result.stderr
+    told = json.loads(result.stdout)["run"]["data"]
+    assert [item.partition(":")[0].rpartition("/")[0] for item in told["skipped"]] == [
+        "own/eight",
+        "own/five",
+        "attack",
+    ]
+    assert told["triggered_images"] == len(list(attacked.iterdir()))
 
 
 def test_names_of_strangers_are_shown_harmlessly(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:

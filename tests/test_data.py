@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbpt_guard.defense.data import Listing, list_images, load_images, load_unlabelled, split
+from cbpt_guard.defense.data import Listing, list_images, load_images, load_triggered, split
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Preprocess, load_image, prepare
 
@@ -192,16 +192,18 @@ def test_what_is_left_without_bad_images_must_do(data: Path) -> None:
 
 
 def test_unlabelled_images_come_from_every_sub_folder(data: Path, tmp_path: Path) -> None:
-    assert load_unlabelled(data, SMALL).shape == (9, 16, 16, 3)
+    assert load_triggered(data, SMALL).images.shape == (9, 16, 16, 3)
     with pytest.raises(InputError, match="is no folder"):
-        load_unlabelled(tmp_path / "missing", SMALL)
+        load_triggered(tmp_path / "missing", SMALL)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no image"):
-        load_unlabelled(tmp_path / "empty", SMALL)
+        load_triggered(tmp_path / "empty", SMALL)
     (data / "cat" / "bad.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"--skip-bad(.|\n)*bad\.png"):
-        load_unlabelled(data, SMALL)
-    assert load_unlabelled(data, SMALL, skip_bad=True).shape == (9, 16, 16, 3)
+        load_triggered(data, SMALL)
+    loaded = load_triggered(data, SMALL, skip_bad=True)
+    assert loaded.images.shape == (9, 16, 16, 3)
+    assert [item.partition(":")[0] for item in loaded.skipped] == [str(data / "cat" / "bad.png")]
 
 
 def listing(counts: dict[str, int]) -> Listing:

@@ -16,7 +16,7 @@ from cbpt_guard.errors import ImageError, InputError
 from cbpt_guard.images import Preprocess, load_image, prepare
 from cbpt_guard.listing import IMAGE_SUFFIXES, Listing, images_below, list_images
 
-__all__ = ["LabelledImages", "Listing", "list_images", "load_images", "load_unlabelled", "split"]
+__all__ = ["LabelledImages", "Listing", "list_images", "load_images", "load_triggered", "split"]
 
 _SHOWN = 10
 _FEWEST_TO_SPLIT = 4
@@ -65,8 +65,8 @@ def load_images(
     return LabelledImages(torch.stack(images), torch.tensor(labels), listing.classes, tuple(bad))
 
 
-def load_unlabelled(folder: Path, preprocess: Preprocess, *, skip_bad: bool = False) -> Tensor:
-    """Prepared images uint8 (N, S, S, 3) of a folder, its sub-folders included.
+def load_triggered(folder: Path, preprocess: Preprocess, *, skip_bad: bool = False) -> LabelledImages:
+    """Observed attack images of a folder, its sub-folders included; nobody knows their classes, so they have one.
 
     Raises:
         InputError: there is none, or one cannot be read and `skip_bad` is off.
@@ -76,7 +76,7 @@ def load_unlabelled(folder: Path, preprocess: Preprocess, *, skip_bad: bool = Fa
     files = images_below(folder)
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return load_images(Listing(("triggered",), (tuple(files),)), preprocess, skip_bad=skip_bad).images
+    return load_images(Listing(("triggered",), (tuple(files),)), preprocess, skip_bad=skip_bad)
 
 
 def split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from cbpt_guard.defense.data import LabelledImages, list_images, load_images, load_unlabelled
+from cbpt_guard.defense.data import LabelledImages, list_images, load_images, load_triggered
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import check_prompts
@@ -50,15 +48,20 @@ class Prepared:
     suspect: Suspect
     original: Head
     data: LabelledImages
-    observed: Tensor | None
+    observed: LabelledImages | None
     reused: PurifyRun | None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Files that could not be read and were left out."""
+        return self.data.skipped + (() if self.observed is None else self.observed.skipped)
 
     def key(self) -> dict[str, Any]:
         """All that a run's parts depend on: an interrupted run may only be continued under the same key."""
         pixels = hashlib.sha256(self.data.images.numpy().data)
         pixels.update(self.data.labels.numpy().data)
         if self.observed is not None:
-            pixels.update(self.observed.numpy().data)
+            pixels.update(self.observed.images.numpy().data)
         return {
             "model": self.suspect.record.source_sha256,
             "understanding of the model": self.suspect.record.model_dump(
@@ -94,7 +97,7 @@ def prepare(job: Job, progress: Progress = silent) -> Prepared:
     original = zero_shot_head(suspect.clip, listing.classes, job.template)
     preprocess = suspect.record.preprocess
     data = load_images(listing, preprocess, skip_bad=job.skip_bad, progress=progress)
-    observed = None if job.triggered is None else load_unlabelled(job.triggered, preprocess, skip_bad=job.skip_bad)
+    observed = None if job.triggered is None else load_triggered(job.triggered, preprocess, skip_bad=job.skip_bad)
     return Prepared(job, suspect, original, data, observed, reused)
 
 

@@ -66,7 +66,7 @@ def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silen
         classes=len(data.classes),
         images=len(data.labels),
         held_out=len(held),
-        skipped=len(data.skipped),
+        skipped=len(prepared.skipped),
         output=str(out),
         seconds=_expected(settings, len(kept), len(held), forward, backward, text, inverted=job.reuse is None),
         memory_mb=_memory_mb(prepared),

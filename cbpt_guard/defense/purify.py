@@ -168,8 +168,8 @@ class Purification:
         self.journal.remove()  # last: a full disk must not cost what was found
 
     def _observe(self) -> Observed:
-        images = self.prepared.observed
-        return observe(None if images is None else encode(self.clip, images), self.original)
+        attack = self.prepared.observed
+        return observe(None if attack is None else encode(self.clip, attack.images), self.original)
 
     def _find(self, search: Search, observed: Observed) -> Findings:
         reused = self.prepared.reused

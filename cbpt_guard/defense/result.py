@@ -89,6 +89,6 @@ def _data(prepared: Prepared, outcome: Outcome) -> DataRecord:
         shots=by_class,
         held_out=len(outcome.held),
         without_images=tuple(name for name, count in by_class.items() if not count),
-        skipped=data.skipped,
-        triggered_images=0 if prepared.observed is None else len(prepared.observed),
+        skipped=prepared.skipped,
+        triggered_images=0 if prepared.observed is None else len(prepared.observed.images),
     )
