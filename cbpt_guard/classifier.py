@@ -83,8 +83,8 @@ class GuardedClassifier:
             providers: where it runs, by name and in order ("cpu", "cuda", "tensorrt", ...); None is the CPU.
             digest: "sha256:..." of the manifest.json that it must be; pins the bundle from outside.
             threads: onnxruntime's threads within one run; None is one for each core that it may use.
-            spin: those threads stay awake for some 40 ms after each run, not for the moment between two operators
-                (before onnxruntime 1.26: not at all); faster for one caller alone, slower with neighbours.
+            spin: those threads stay awake for some 40 ms after each run, instead of from one operator to the next
+                only (before onnxruntime 1.26: instead of not at all); slower where others have work, too.
             arena: keep the memory of the largest batch for the next; False gives it back after each.
             batch_size: the most images in one run of the graph; longer lists are split.
             decoders: threads that decode the next batch while the graph runs; None is one for each processor.

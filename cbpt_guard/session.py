@@ -50,7 +50,7 @@ class Session:
         classes: how many classes C it must answer for.
         providers: where it runs, by name and in order; None is the CPU.
         threads: onnxruntime's threads within one run; None is one for each core that this process may use.
-        spin: its threads stay awake for some 40 ms after each run, not for the moment between two operators.
+        spin: its threads stay awake for some 40 ms after each run, instead of from one operator to the next only.
         arena: it keeps the memory of past runs for the next.
 
     Raises:
@@ -161,8 +161,8 @@ def _create(model: bytes, names: list[str], threads: int | None, *, spin: bool, 
             f"asked for {', '.join(names)}, but onnxruntime chose {', '.join(session.get_providers())}; "
             f"the provider's own libraries or its device are missing{_two_builds()}"
         )
-    if both := _two_builds():
-        warnings.warn(both.removeprefix("; "), RuntimeWarning, stacklevel=2)
+    if both := _two_builds(before=""):
+        warnings.warn(both, RuntimeWarning, stacklevel=2)
     session._model_bytes = None  # kept for a fallback that is switched off: as much memory as the weights
     _trim()
     return session
@@ -191,12 +191,14 @@ def _check_available(names: list[str], available: list[str]) -> None:
         )
 
 
-def _two_builds() -> str:
+def _two_builds(before: str = "; ") -> str:
     """What to say when several builds of onnxruntime are installed: all own one folder, and the last one won."""
     found = [name for name in _BUILDS if _installed(name)]
     if len(found) < 2:
         return ""
-    return f"; {' and '.join(found)} are both installed and overwrite each other's files: uninstall all, install one"
+    return (
+        f"{before}{' and '.join(found)} are both installed and overwrite each other's files: uninstall all, install one"
+    )
 
 
 def _installed(name: str) -> bool:

@@ -79,6 +79,7 @@ class Search:
         areas = self._needed_areas([*first, *references])
 
         def candidate(c: int) -> Candidate:
+            """Of class c, held against the references; a reference itself is held against the others."""
             compared = [r for r in references if r != c] or [other for other in areas if other != c]
             score = median(areas[other] for other in compared) / areas[c]
             return Candidate(
