@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from commands import assert_refused, cli
 from figures import Figures
+from lines import line
 from started import PATIENCE, Started, files, limited, powerless
 
 from cbpt_guard.bench.lines import Line, read_lines
@@ -47,7 +48,9 @@ defenses = ["none"]
 shots = [8]
 control = true
 """
-LONG_ONLY = "each takes two suites or more: in the long form, `pytest -m trust`"
+LONG_ONLY = (
+    "each takes two suites or more: in the long form, `pytest -m trust`; tests/test_suite.py kills one in any form"
+)
 TENSORS = {".npy", ".npz", ".onnx", ".pt", ".safetensors"}
 
 
@@ -76,8 +79,10 @@ def begun(root: Path, folder: Path, **options: object) -> Started:
 
 
 @pytest.fixture(scope="module")
-def unbroken(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The same suite without a crash, and its seconds."""
+def unbroken(root: Path, tmp_path_factory: pytest.TempPathFactory, amount: Amount) -> tuple[Path, float]:
+    """The same suite without a crash, and its seconds: in the long form alone."""
+    if not amount(0, 1):
+        pytest.skip(LONG_ONLY)
     folder, start = tmp_path_factory.mktemp("unbroken-bench"), time.monotonic()
     code, _, told = begun(root, folder).end()
     assert code == 0, told
@@ -109,14 +114,14 @@ def is_begun(folder: Path, unbroken: Path) -> bool:
 
 
 def test_a_killed_bench_goes_on_to_the_same_lines_and_tensors(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
+    root: Path, unbroken: tuple[Path, float], tmp_path: Path, figures: Figures
 ) -> None:
     """Killed at seeded moments, gone on with, killed again, until it ends; then from the start."""
     generator, kills, finished, folder = np.random.default_rng(SEED), 0, 0, tmp_path / "0"
     folder.mkdir()
     whole, killed = unbroken[1], False
-    while kills < amount(1, 20) or not finished or killed:
-        patience = float(generator.uniform(0, whole)) if kills < amount(1, 20) else PATIENCE
+    while kills < 20 or not finished or killed:
+        patience = float(generator.uniform(0, whole)) if kills < 20 else PATIENCE
         suite = begun(root, folder)
         killed = suite.killed(patience)
         kills += killed
@@ -134,28 +139,23 @@ def test_a_killed_bench_goes_on_to_the_same_lines_and_tensors(
 
 
 def test_a_stopped_bench_stays_resumable(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
+    root: Path, unbroken: tuple[Path, float], tmp_path: Path, figures: Figures
 ) -> None:
     """A signal to the command, and Ctrl-C as a terminal sends it: to the command and all that it started."""
     generator, stopped, whole = np.random.default_rng(SEED), 0, unbroken[1]
-    while stopped < amount(1, 4):
+    while stopped < 4:
         number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[stopped % 2]
         suite = begun(root, tmp_path, start_new_session=True)
         suite.wait_for(tmp_path / LINES)
         time.sleep(float(generator.uniform(0, whole / 3)))
-        send, to = (os.killpg, suite.process.pid) if number == signal.SIGINT else (os.kill, suite.process.pid)
-        send(to, number)
-        found = suite.end()
+        found = stopped_by(suite, number)
         if found[0] == 0:  # it had ended before
             assert_whole(tmp_path, unbroken[0])
             whole = min(whole, suite.seconds)
             shutil.rmtree(tmp_path / "work")
             (tmp_path / LINES).unlink()
             continue
-        assert found[:2] == (code, ""), found
-        assert "Traceback" not in found[2]
-        suite.assert_alone()
-        assert list(suite.temporary.glob("cbpt-guard-*")) == []  # torch leaves folders of its own
+        assert_stopped(suite, found, code)
         assert is_begun(tmp_path, unbroken[0])
         stopped += 1
     assert begun(root, tmp_path).end()[0] == 0
@@ -163,12 +163,31 @@ def test_a_stopped_bench_stays_resumable(
     figures.add("crashes", "SIGINTs and SIGTERMs of bench run, each gone on with to the same lines", stopped)
 
 
-def test_a_bench_on_a_full_disk(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
-) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_bench_stopped_at_its_start(root: Path, tmp_path: Path, number: int, code: int) -> None:
+    """Before its first line, while the measuring process loads or plants."""
+    suite = begun(root, tmp_path, start_new_session=True)
+    suite.wait_for(tmp_path / "work")
+    assert_stopped(suite, stopped_by(suite, number), code)
+    assert read_lines(tmp_path / LINES) == []
+
+
+def stopped_by(suite: Started, number: int) -> tuple[int, str, str]:
+    """The end of a suite by a signal: Ctrl-C reaches all that it started, another one the command alone."""
+    send = os.killpg if number == signal.SIGINT else os.kill
+    send(suite.process.pid, number)
+    return suite.end()
+
+
+def assert_stopped(suite: Started, found: tuple[int, str, str], code: int) -> None:
+    assert found[:2] == (code, ""), found
+    assert "Traceback" not in found[2]
+    suite.assert_alone()
+    assert list(suite.temporary.glob("cbpt-guard-*")) == []  # torch leaves folders of its own
+
+
+def test_a_bench_on_a_full_disk(root: Path, unbroken: tuple[Path, float], tmp_path: Path, figures: Figures) -> None:
     """Files that cannot grow beyond a seeded size: of implants, features, runs, graphs and lines."""
-    if not amount(0, 1):
-        pytest.skip(LONG_ONLY)
     generator, largest = np.random.default_rng(SEED), max(map(len, tensors(unbroken[0]).values()))
     for number in range(3):
         folder, size = tmp_path / str(number), int(largest ** float(generator.uniform(0.3, 0.98)))
@@ -182,11 +201,9 @@ def test_a_bench_on_a_full_disk(
         figures.add("crashes", "full disks of bench run: exit 2, then gone on with to the same lines", number + 1)
 
 
-def test_a_bench_that_may_not_write(
-    root: Path, unbroken: tuple[Path, float], readonly: Path, tmp_path: Path, figures: Figures
-) -> None:
-    """Neither its lines nor its work."""
-    shutil.copytree(unbroken[0], tmp_path / "earlier")
+def test_a_bench_that_may_not_write(root: Path, readonly: Path, tmp_path: Path, figures: Figures) -> None:
+    """Neither its lines nor its work; what was there stays."""
+    (tmp_path / LINES).write_text(written(2))
     for place in (("--out", readonly / LINES), ("--work", readonly / "work")):
         arguments = [*command(root), *map(str, place)]
         found = Started(tmp_path, *arguments, prefix=powerless(), env=DEFENCES).end()
@@ -194,15 +211,11 @@ def test_a_bench_that_may_not_write(
         assert "readonly" in found[2]
         assert "Traceback" not in found[2]
     assert list(readonly.iterdir()) == []
-    assert_whole(tmp_path / "earlier", unbroken[0])
+    assert (tmp_path / LINES).read_text() == written(2)
     figures.add("crashes", "read-only outputs of bench run: exit 2", 2)
 
 
-def test_a_bench_whose_data_is_removed_meanwhile(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount
-) -> None:
-    if not amount(0, 1):
-        pytest.skip(LONG_ONLY)
+def test_a_bench_whose_data_is_removed_meanwhile(root: Path, unbroken: tuple[Path, float], tmp_path: Path) -> None:
     own = tmp_path / "root"
     own.mkdir()
     for path in root.iterdir():
@@ -220,28 +233,29 @@ def test_a_bench_whose_data_is_removed_meanwhile(
     assert timeless(read_lines(tmp_path / LINES)) == timeless(read_lines(unbroken[0] / LINES))
 
 
-def test_of_two_suites_on_one_file_of_lines_the_second_is_refused(
-    root: Path, unbroken: tuple[Path, float], tmp_path: Path, amount: Amount, figures: Figures
-) -> None:
+def test_of_two_suites_on_one_file_of_lines_the_second_is_refused(root: Path, tmp_path: Path, figures: Figures) -> None:
     first = begun(root, tmp_path)
     first.wait_for(tmp_path / "work")  # which comes after the lines are locked
     with first.halted():
+        before = files(tmp_path / "work")
         second = begun(root, tmp_path).end()
+        assert files(tmp_path / "work") == before
     assert second[:2] == (2, ""), second
     assert "another command appends to" in second[2]
-    if amount(0, 1):
-        assert first.end()[0] == 0
-        assert_whole(tmp_path, unbroken[0])
-    else:
-        first.process.terminate()
-        assert first.end()[0] == 143
+    first.process.terminate()
+    assert first.end()[0] == 143
     figures.add("crashes", "second suites on one file of lines, refused", 1)
 
 
-def test_half_written_lines_are_no_lines(unbroken: tuple[Path, float], tmp_path: Path) -> None:
+def test_half_written_lines_are_no_lines(tmp_path: Path) -> None:
     """A table of a file that ends in the middle of a line has the whole ones, and one of none says so."""
-    content = (unbroken[0] / LINES).read_bytes()
+    content = written(3).encode()
     for cut in (1, len(content) // 2, len(content) - 1):
         (tmp_path / LINES).write_bytes(content[:cut])
         assert len(read_lines(tmp_path / LINES)) == content[:cut].count(b"\n")
     assert_refused(cli("bench", "table", tmp_path / "nowhere.jsonl"), "does not exist")
+
+
+def written(count: int) -> str:
+    """So many lines of evidence as a file has them."""
+    return "".join(line(seed=seed).model_dump_json() + "\n" for seed in range(count))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from cbpt_guard import GuardedClassifier
 from cbpt_guard.bundle import open_bundle
 from cbpt_guard.defense import data
 from cbpt_guard.errors import CbptGuardError
-from cbpt_guard.export import export, write
+from cbpt_guard.export import write
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -99,15 +98,13 @@ def test_a_killed_purify_goes_on_to_the_same_files(
 
 
 def test_a_killed_export_starts_over_cleanly(
-    tiny_run: Path, exported: Path, tmp_path: Path, amount: Amount, figures: Figures
+    tiny_run: Path, exported: Path, pristine_bundle: Path, tmp_path: Path, amount: Amount, figures: Figures
 ) -> None:
     """What stands is the earlier bundle or the whole new one, at every moment; a reader never sees another."""
-    out, generator, kills = tmp_path / "bundle", np.random.default_rng(SEED), 0
-    before = open_bundle(export(tiny_run, out, opset=19)).digest
+    out, generator, kills, seconds = tmp_path / "bundle", np.random.default_rng(SEED), 0, 8.0
+    shutil.copytree(pristine_bundle, out)
+    before = open_bundle(out).digest
     new = open_bundle(exported).digest
-    start = time.monotonic()
-    assert script("export", "--run", tiny_run, "--out", tmp_path / "timed", cwd=tmp_path).returncode == 0
-    seconds = time.monotonic() - start
     while kills < amount(1, 20):
         command = Started(tmp_path, "export", "--run", tiny_run, "--out", out, "--force")
         if kills % 2:
@@ -116,7 +113,7 @@ def test_a_killed_export_starts_over_cleanly(
         else:
             killed = command.killed(float(generator.uniform(0, seconds)))
             kills += killed
-            seconds = seconds if killed else min(seconds, command.seconds)
+            seconds = seconds if killed else command.seconds  # so that kills fall within a run on any machine
         standing = out if out.exists() else tmp_path / ".bundle.old"
         assert GuardedClassifier.load(standing).digest in (before, new)
         if (tmp_path / ".bundle.partial").exists() and "manifest.json" not in os.listdir(tmp_path / ".bundle.partial"):
@@ -159,12 +156,14 @@ def test_a_stopped_export_leaves_nothing_but_the_earlier_bundle(
 def test_a_stopped_purify_stays_resumable_at_any_moment(
     folder: Path, unbroken: tuple[Path, float], amount: Amount, figures: Figures
 ) -> None:
+    """In the short form resuming is left to the killed one above."""
     generator, stopped, resume, seconds = np.random.default_rng(SEED), 0, (), unbroken[1]
     while stopped < amount(1, 10):
         number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[stopped % 2]
         command = Started(folder, *PURIFY, "--force", *resume)
-        command.wait_for(folder / ".purified.lock")
-        time.sleep(float(generator.uniform(0, seconds / 3)))
+        command.wait_for(folder / ".purified.lock")  # from here on there is work to keep
+        left = max(0.0, seconds - (time.monotonic() - command.begun))
+        time.sleep(float(generator.uniform(0, left / 2)))
         command.process.send_signal(number)
         found = command.end()
         if not is_kept(folder):  # it had ended, all but python itself
@@ -177,13 +176,10 @@ def test_a_stopped_purify_stays_resumable_at_any_moment(
         assert "Traceback" not in found[2]
         assert is_kept(folder)
         stopped, resume = stopped + 1, ("--resume",)
-    assert cli_in(folder, *PURIFY, "--force", "--resume").returncode in (0, 1)
-    assert files(folder / "purified") == files(unbroken[0])
+    if amount(0, 1):
+        assert script(*PURIFY, "--force", "--resume", cwd=folder).returncode in (0, 1)
+        assert files(folder / "purified") == files(unbroken[0])
     figures.add("crashes", "SIGINTs and SIGTERMs of purify, each resumed to the same bytes", stopped)
-
-
-def cli_in(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return script(*arguments, cwd=folder)
 
 
 # A hostile environment
@@ -271,20 +267,25 @@ def test_a_run_that_is_removed_meanwhile(
 
 
 def test_of_two_commands_on_one_output_the_second_is_refused(
-    folder: Path, unbroken: tuple[Path, float], tiny_run: Path, exported: Path, figures: Figures
+    folder: Path, unbroken: tuple[Path, float], tiny_run: Path, exported: Path, amount: Amount, figures: Figures
 ) -> None:
-    for arguments, name in (
-        ((*PURIFY, "--force"), "purified"),
-        (("export", "--run", tiny_run, "--out", "bundle"), "bundle"),
-    ):
+    """In the long form purify, too, and the first one goes on: its output is what it would have been."""
+    commands = (
+        (("export", "--run", tiny_run, "--out", "bundle"), "bundle", files(exported)),
+        ((*PURIFY, "--force"), "purified", files(unbroken[0])),
+    )
+    for number, (arguments, name, wanted) in enumerate(commands[: amount(1, 2)], 1):
         first = Started(folder, *arguments)
         first.wait_for(folder / f".{name}.partial")
         with first.halted():  # or it might have ended before the second one gets to the lock
             second = Started(folder, *arguments).end()
         assert second[:2] == (2, ""), second
         assert "another command is writing" in second[2]
-        found = first.end()
-        assert found[0] in (0, 1), found
-    assert files(folder / "purified") == files(unbroken[0])
-    assert files(folder / "bundle") == files(exported)
-    figures.add("crashes", "second commands on one output, refused", 2)
+        if amount(0, 1):
+            found = first.end()
+            assert found[0] in (0, 1), found
+            assert files(folder / name) == wanted
+        else:
+            first.process.terminate()
+            assert first.end()[0] == 143
+        figures.add("crashes", "second commands on one output, refused", number)

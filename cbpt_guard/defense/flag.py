@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from cbpt_guard.defense.found import TriggerBank
@@ -46,6 +45,8 @@ def fit_direction(
         stand_in: where the target's images may lie (E,), for a target with fewer than two.
         found: unit features (K, E) of images of other classes under found triggers.
     """
+    from sklearn.covariance import ledoit_wolf  # here: a command that refuses its input need not wait a second for it
+
     clean, found, stand_in = clean.double(), found.double(), stand_in.double()
     means = {int(c): clean[labels == c].mean(0) for c in labels.unique()}
     scatter = clean - torch.stack([means[int(c)] for c in labels])
