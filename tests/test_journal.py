@@ -50,6 +50,18 @@ def test_a_part_that_failed_is_made_again(tmp_path: Path) -> None:
     assert journal.tensor("part", lambda: torch.ones(1)).item() == 1
 
 
+def test_a_part_that_a_full_disk_tore_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tearing(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cbpt_guard.defense.journal.save_file", tearing)
+        with pytest.raises(OSError, match="No space"):
+            Journal(tmp_path, KEY).tensor("part", lambda: torch.zeros(1))
+    assert Journal(tmp_path, KEY).tensor("part", lambda: torch.ones(1)).item() == 1
+
+
 def test_a_half_written_part_is_no_part(tmp_path: Path) -> None:
     journal = Journal(tmp_path, KEY)
     (tmp_path / FOLDER / "part.new").write_bytes(b"half")

@@ -261,6 +261,23 @@ def test_features_are_made_once_and_told_apart(
         replace(store, model="another").features(digits_suspect.clip, images, None)
 
 
+def test_features_that_a_full_disk_tore_are_made_again(
+    digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageSet(list_images(digits_suspect.data), None, digits_suspect.clip.preprocess)
+    store = FeatureStore(tmp_path, "torn")
+
+    def tearing(path: Path, _: np.ndarray) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cbpt_guard.bench.counting.np.save", tearing)
+        with pytest.raises(OSError, match="No space"):
+            store.features(digits_suspect.clip, images, None)
+    assert len(store.features(digits_suspect.clip, images, None)) == len(images.labels)
+
+
 @pytest.fixture(scope="module")
 def quick_run(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A purified run of the poisoned digits CLIP, with few steps."""

@@ -165,10 +165,16 @@ def test_a_stopped_bench_stays_resumable(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_bench_stopped_at_its_start(root: Path, tmp_path: Path, number: int, code: int) -> None:
-    """Before its first line, while the measuring process loads or plants."""
+    """Before its first line, while another process plants: Ctrl-C reaches that, too, and finds it deaf."""
     suite = begun(root, tmp_path, start_new_session=True)
-    suite.wait_for(tmp_path / "work")
-    assert_stopped(suite, stopped_by(suite, number), code)
+    suite.wait_for(tmp_path / "work" / "implants")
+    if number == signal.SIGINT:
+        with suite.halted():  # it cannot end that other process first
+            os.killpg(suite.process.pid, number)
+            time.sleep(1.0)
+    else:
+        suite.process.terminate()
+    assert_stopped(suite, suite.end(), code)
     assert read_lines(tmp_path / LINES) == []
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -142,6 +143,7 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
     Blocked, not ignored: a Ctrl-C that comes meanwhile reaches this process right afterwards.
     """
+    resource_tracker.ensure_running()  # which unblocks Ctrl-C, and would do so between here and the start
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
