@@ -40,16 +40,17 @@ def snapshot(clip: FrozenClip) -> dict[str, Tensor]:
 class PlantedClip:
     """An image encoder that reads coarse colours, and fine stripes in one corner as class `target`.
 
-    The stripes vanish in the coarse colours, so clean answers do not depend on the backdoor.
+    With a `second` target the same stripes in the opposite corner are that one. The stripes vanish in the coarse
+    colours, so clean answers do not depend on the backdoor.
     """
 
     device = torch.device("cpu")
     image_size = SIZE
     batch = 16
 
-    def __init__(self, target: int | None, classes: int = 6, seed: int = 0) -> None:
+    def __init__(self, target: int | None, classes: int = 6, seed: int = 0, second: int | None = None) -> None:
         draws = torch.Generator().manual_seed(seed)
-        self.target, self.classes = target, classes
+        self.target, self.second, self.classes = target, second, classes
         self.templates = 0.6 * torch.rand(classes, 3, 4, 4, generator=draws) + 0.2
         self.head = Head(self._coarse(self._large(self.templates)), 30.0)
         self.stripes = (torch.arange(PATCH) % 2 * 2.0 - 1).expand(PATCH, PATCH)
@@ -65,10 +66,12 @@ class PlantedClip:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit features (N, 48)."""
         features = self._coarse(pixels)
-        if self.target is not None:
-            seen = (pixels[:, :, -PATCH:, -PATCH:] * self.stripes).mean(dim=(1, 2, 3))
-            strength = F.softplus(200 * (seen - 0.03)) / 4
-            features = features + strength[:, None] * self.head.rows[self.target]
+        corners = ((self.target, slice(-PATCH, None)), (self.second, slice(PATCH)))
+        for target, place in corners:
+            if target is not None:
+                seen = (pixels[:, :, place, place] * self.stripes).mean(dim=(1, 2, 3))
+                strength = F.softplus(200 * (seen - 0.03)) / 4
+                features = features + strength[:, None] * self.head.rows[target]
         return F.normalize(features, dim=1)
 
     def clean(self, each: int = 8, seed: int = 1) -> CleanSet:

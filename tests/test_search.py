@@ -50,6 +50,15 @@ def test_the_planted_target_stands_out_alone(found: Findings) -> None:
     assert first.share_clean == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_planted_targets_stand_out_and_nothing_else(tmp_path: Path, seed: int) -> None:
+    """The agnostic trigger leads to one of them at most, but the scan sees both."""
+    found = search(tmp_path, PlantedClip(TARGET, second=4), seed=seed).run()
+    assert sorted(found.suspects) == [TARGET, 4]
+    wanted = {(family, c) for family in ("masked", "additive") for c in (TARGET, 4)}
+    assert {(trigger.family, trigger.target) for trigger in found.bank} == wanted
+
+
 def test_the_bank_holds_both_families_and_all_of_it_succeeds(found: Findings) -> None:
     assert [trigger.family for trigger in found.bank] == ["masked", "additive", "additive"]
     clip = PlantedClip(TARGET)
@@ -85,21 +94,39 @@ def test_progress_names_the_stages(found: Findings) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("stands_out", [1e-6, 1e6], ids=["by share", "by scan"])
+@pytest.mark.parametrize("stands_out", [1e-6, 1e6], ids=["at once", "compared"])
 def test_few_classes_are_searched(tmp_path: Path, classes: int, stands_out: float) -> None:
-    """With more candidates asked for than there are classes; where nothing can stand out, the scan adds the rest."""
+    """With more candidates asked for than there are classes: one is left to compare with, where that is needed."""
     brief = BRIEF.model_copy(update={"candidates": 10, "references": 10, "stands_out": stands_out})
     findings = search(tmp_path, PlantedClip(1, classes=classes), brief, classes=classes).run()
     tried = [candidate.index for candidate in findings.candidates]
     assert tried[0] == 1
     assert len(set(tried)) == len(tried)
-    assert (len(tried) == classes) == (stands_out > 1)
+    assert len(tried) == classes - 1 or (stands_out < 1 and len(tried) == classes)
     assert all(0 < candidate.area <= 1 for candidate in findings.candidates)
 
 
-def test_a_class_is_always_left_to_compare_with(tmp_path: Path) -> None:
-    asked = search(tmp_path, PlantedClip(1, classes=3), BRIEF.model_copy(update={"candidates": 10}), classes=3)
-    assert asked._grown(torch.full((3,), 0.2), [2, 0, 1]) == [2, 0]
+def test_a_target_that_shows_at_once_is_compared_with_nothing(tmp_path: Path, found: Findings) -> None:
+    assert [candidate.index for candidate in found.candidates] == [TARGET]
+    search(tmp_path, PlantedClip(TARGET)).run()
+    names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
+    assert names == {"agnostic", "scan", "masked-2", "additive-2"}
+
+
+@pytest.mark.parametrize(
+    ("odds", "ahead"),
+    [
+        ([0.02, 511.0, 1.0, 0.04, 0.03, 0.01], {1: 200.0, 2: 20.0}),  # two planted targets
+        ([0.4, 0.05, 0.04, 0.01, 0.0, 0.0], {0: 8.0}),
+        ([0.11, 0.08, 0.04, 0.04, 0.02, 0.0], {}),  # a clean model
+        ([511.0, 120.0, 55.0, 14.0, 9.0, 8.0], {}),  # of ten digits: every class is reached
+        ([1.0, 1.0, 1.0, 1.0, 0.01, 0.01], {}),  # more than may be candidates
+        ([0.04, 1e-6, 1e-9, 0.0, 0.0, 0.0], {}),  # a thousand times next to nothing
+    ],
+)
+def test_leaders_of_the_scan_are_ahead_of_the_rest(tmp_path: Path, odds: list[float], ahead: dict[int, float]) -> None:
+    found = search(tmp_path, PlantedClip(None))._ahead(torch.tensor(odds))
+    assert found.tolist() == pytest.approx([ahead.get(c, 0.0) for c in range(6)])
 
 
 def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:

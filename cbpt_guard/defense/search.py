@@ -24,6 +24,9 @@ from cbpt_guard.errors import InputError
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 
+# odds of the scan below and above which there is nothing to compare: as good as not reached, and as good as always
+_FAINT, _SURE = 0.05, 10.0
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -36,6 +39,20 @@ class Findings:
     def suspects(self) -> list[int]:
         """Targets that stand out."""
         return [candidate.index for candidate in self.candidates if candidate.stands_out]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """An agnostic trigger with the share of each class among the answers under it and on clean images, (C,)."""
+
+    trigger: FoundTrigger
+    share: Tensor
+    share_clean: Tensor
+
+    @property
+    def growth(self) -> Tensor:
+        """By how much each class's share grew, (C,)."""
+        return self.share - self.share_clean
 
 
 class Search:
@@ -68,38 +85,59 @@ class Search:
     def run(self, observed: Sequence[int] = ()) -> Findings:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out.
 
-        First the classes that the agnostic trigger leads to; where none of them stands out, the leaders of a
-        scan of every class.
+        A class stands out at once if most images answer it under the agnostic trigger, or if a short scan of every
+        class reaches it far more readily than the rest. Else the likeliest are held against classes of middle rank.
         """
-        agnostic = self._journal.trigger("agnostic", self._agnostic)
-        share, share_clean = self.shares(agnostic), self.shares(None)
-        ranking = (share - share_clean).argsort(descending=True, stable=True).tolist()
-        first = list(dict.fromkeys([*observed, *self._grown(share - share_clean, ranking)]))
-        references = self._references(ranking, first)
-        areas = self._needed_areas([*first, *references])
+        trigger = self._journal.trigger("agnostic", self._agnostic)
+        lead = Lead(trigger, self.shares(trigger), self.shares(None))
+        scanned = self._scanned()
+        odds = torch.maximum(_odds(lead.share), self._ahead(_odds(scanned.exp())))
+        known = {c: float(odds[c]) for c in _ranked(odds) if odds[c] >= self._settings.stands_out}
+        scores = {**known, **self._compared(lead, scanned, list(known), observed)}
+        areas = self._needed_areas(list(scores))
 
         def candidate(c: int) -> Candidate:
-            """Of class c, held against the references; a reference itself is held against the others."""
-            compared = [r for r in references if r != c] or [other for other in areas if other != c]
-            score = median(areas[other] for other in compared) / areas[c]
             return Candidate(
                 label=self.classes[c],
                 index=c,
-                share=float(share[c]),
-                share_clean=float(share_clean[c]),
+                share=float(lead.share[c]),
+                share_clean=float(lead.share_clean[c]),
                 area=areas[c],
-                score=score,
-                stands_out=c in observed or score >= self._settings.stands_out,
+                score=scores[c],
+                stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
 
-        candidates = [candidate(c) for c in first]
-        if not any(item.stands_out for item in candidates):
-            second = [c for c in self._scanned() if c not in first][: self._settings.scanned]
-            areas |= self._needed_areas(second)
-            candidates += [candidate(c) for c in second]
-        candidates.sort(key=lambda item: (not item.stands_out, -item.score))
+        candidates = sorted(map(candidate, scores), key=lambda item: (not item.stands_out, -item.score))
         targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
-        return Findings(self._bank(targets, agnostic), tuple(candidates))
+        return Findings(self._bank(targets, trigger), tuple(candidates))
+
+    def _ahead(self, odds: Tensor) -> Tensor:
+        """How far a few leaders of the scan are ahead of the rest, (C,): their odds over the best of the rest, else 0.
+
+        As many are leaders as there can be while the last of them is `stands_out` times ahead.
+        """
+        ranking, ahead, odds = _ranked(odds), torch.zeros_like(odds), odds.clamp(_FAINT, _SURE)
+        for count in range(1, min(self._settings.candidates, len(ranking) - 1) + 1):
+            leaders, best = ranking[:count], odds[ranking[count]]
+            if odds[leaders[-1]] >= self._settings.stands_out * best:
+                ahead[leaders] = odds[leaders] / best
+        return ahead
+
+    def _compared(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> dict[int, float]:
+        """How many times less area each further candidate needs than classes of middle rank do.
+
+        Those are `observed` targets and, where none is `known` yet, the likeliest by the lead and by the scan. One
+        class is left to compare with, if there is one.
+        """
+        likeliest = _ranked(scanned)
+        likely = [] if known else [*self._grown(lead.growth), *likeliest[: self._settings.scanned]]
+        further = [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
+        further = further[: max(len(self.classes) - len(known) - 1, len(observed))]
+        if not further:
+            return {}
+        references = self._references(likeliest, [*known, *further]) or further
+        areas = self._needed_areas([*further, *references])
+        return {c: median(areas[r] for r in references) / areas[c] for c in further}
 
     def toward(self, wanted: Sequence[tuple[int, Family]]) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
@@ -140,11 +178,11 @@ class Search:
         draws, report = generator(self._seed, "agnostic"), _report("agnostic trigger", self._progress)
         return invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report)
 
-    def _grown(self, growth: Tensor, ranking: Sequence[int]) -> list[int]:
+    def _grown(self, growth: Tensor) -> list[int]:
         """The class whose share of the answers grew most, and others whose share grew clearly."""
+        ranking = _ranked(growth)
         clear = [c for c in ranking[1:] if growth[c] >= self._settings.clear_share]
-        most = max(1, min(self._settings.candidates, len(ranking) - 1))
-        return [ranking[0], *clear][:most]
+        return [ranking[0], *clear][: self._settings.candidates]
 
     def _references(self, ranking: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with; with very few classes, any that is no candidate."""
@@ -152,14 +190,12 @@ class Search:
         middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
         return middle[: self._settings.references]
 
-    def _scanned(self) -> list[int]:
-        """All classes, those that a short inversion reaches most readily first."""
+    def _scanned(self) -> Tensor:
+        """Mean log-probability of each class under a trigger of its own after a short inversion, (C,)."""
         draws, report = generator(self._seed, "scan"), _report("scan of every class", self._progress)
-        scores = self._journal.tensor(
+        return self._journal.tensor(
             "scan", lambda: scan_targets(self._clip, self._clean, self._head, self._settings, draws, report)
         )
-        ranking: list[int] = scores.argsort(descending=True, stable=True).tolist()
-        return ranking
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""
@@ -168,7 +204,7 @@ class Search:
         return answers.bincount(minlength=len(self.classes)) / len(answers)
 
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
-        triggers = self.toward([(c, "masked") for c in classes])
+        triggers = self.toward([(c, "masked") for c in dict.fromkeys(classes)])
         return {trigger.target: self._needed_area(trigger) for trigger in triggers}
 
     def _needed_area(self, trigger: FoundTrigger) -> float:
@@ -182,6 +218,18 @@ class Search:
         if trigger is None:
             return self._clean.features[self._probe]
         return encode(self._clip, self._clean.images[self._probe], trigger)
+
+
+def _ranked(values: Tensor) -> list[int]:
+    """Classes, the largest value first."""
+    ranking: list[int] = values.argsort(descending=True, stable=True).tolist()
+    return ranking
+
+
+def _odds(share: Tensor) -> Tensor:
+    """How many times as likely as all else; no more than a probe of some hundred images can tell."""
+    share = share.clamp(max=1 - 1 / _PROBE)
+    return share / (1 - share)
 
 
 def _report(stage: str, progress: Progress) -> Report:

@@ -23,10 +23,11 @@ class _Frozen(BaseModel):
 class InversionSettings(_Frozen):
     """Stage 1: how triggers are looked for.
 
-    `epsilon` bounds additive patterns, in pixels of [0, 1]; `shift` is a share of the image's side. A class is a
-    candidate target when its share of the answers grew by `clear_share`; it stands out when its mask needs
-    `stands_out` times less area than those of `references` classes of middle rank. Where none does, every class
-    is scanned and the `scanned` leaders become candidates, too.
+    `epsilon` bounds additive patterns, in pixels of [0, 1]; `shift` is a share of the image's side. `stands_out` says
+    how many times as likely as all others a class is under the agnostic trigger, or how many times the odds of the
+    rest the odds of up to `candidates` classes are under triggers of their own (a short scan). Where none is, masks are
+    compared: of the classes whose share grew by `clear_share` and of the `scanned` leaders of the scan, one stands out
+    that needs so many times less area than `references` classes of middle rank.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -50,7 +51,7 @@ class InversionSettings(_Frozen):
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
-    stands_out: Positive = 4.0
+    stands_out: Positive = 5.0
 
 
 class TuningSettings(_Frozen):
@@ -70,7 +71,7 @@ class RuleSettings(_Frozen):
     """The answer rule and where its test's threshold lies, in standard deviations of clean target images."""
 
     name: RuleName = "switch"
-    clean_deviations: Positive = 3.0
+    clean_deviations: Positive = 2.0
 
 
 class VerdictSettings(_Frozen):
