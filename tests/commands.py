@@ -25,6 +25,9 @@ batch = 16
 candidates = 1
 stands_out = 2.0
 references = 1
+scan_steps = 1
+scan_budget = 100
+finalists = 1
 [tuning]
 epochs = 4
 """

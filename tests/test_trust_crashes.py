@@ -188,7 +188,7 @@ def test_a_stopped_purify_stays_resumable_at_any_moment(
 def test_a_full_disk_at_any_file(
     folder: Path, tiny_run: Path, exported: Path, amount: Amount, figures: Figures
 ) -> None:
-    """Files that cannot grow beyond a seeded size: of the reader's copy, a part, the results, the graph."""
+    """Files that cannot grow beyond a seeded size: of the reader's copy, a part, the results, the graph (long form)."""
     generator, refusals = np.random.default_rng(SEED), 0
     shutil.copytree(exported, folder / "bundle")
     largest = {
@@ -196,7 +196,8 @@ def test_a_full_disk_at_any_file(
         "export": max(path.stat().st_size for path in exported.iterdir()),
     }
     exporting = ("export", "--run", tiny_run, "--out", "bundle", "--force")
-    for name, arguments in (("purify", (*PURIFY, "--force")), ("export", exporting)):
+    commands = {"purify": (*PURIFY, "--force"), "export": exporting}
+    for name, arguments in list(commands.items())[: amount(1, 2)]:
         for _ in range(amount(1, 10)):
             size = int(largest[name] ** float(generator.uniform(0.3, 0.98)))
             found = Started(folder, *arguments, preexec_fn=limited(size)).end()
@@ -209,16 +210,18 @@ def test_a_full_disk_at_any_file(
 
 
 def test_an_output_or_a_temporary_folder_that_cannot_be_written(
-    folder: Path, tiny_run: Path, readonly: Path, figures: Figures
+    folder: Path, tiny_run: Path, readonly: Path, amount: Amount, figures: Figures
 ) -> None:
+    """In the short form export alone."""
     prefix = powerless()
-    for arguments in ((*PURIFY, "--out", readonly / "out"), ("export", "--run", tiny_run, "--out", readonly / "out")):
+    commands = (("export", "--run", tiny_run, "--out", readonly / "out"), (*PURIFY, "--out", readonly / "out"))
+    for number, arguments in enumerate(commands[: amount(1, 2)], 1):
         found = Started(folder, *arguments, prefix=prefix).end()
         assert found[:2] == (2, ""), found
         assert "readonly" in found[2]
         assert "Traceback" not in found[2]
     assert list(readonly.iterdir()) == []
-    figures.add("crashes", "read-only outputs: exit 2", 2)
+        figures.add("crashes", "read-only outputs: exit 2", number)
 
 
 def test_no_temporary_folder_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

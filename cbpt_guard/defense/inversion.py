@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -175,24 +176,44 @@ def scan_targets(
 
     Each class gets a pattern of its own and a few signed gradient steps, with its share of `scan_budget`
     images, at least `scan_images` a step; a batch holds several classes. The score is the mean log-probability
-    of the class at the end.
+    of the class at the end. The first `finalists` are looked at once more, with twice the steps and half a batch
+    of images each: after the first heat a target may lie some places behind natural leaders.
     """
     classes = head.rows.shape[0]
     each = settings.scan_budget // (classes * (settings.scan_steps + 1))
     each = min(max(each, settings.scan_images), settings.batch)
-    scores = torch.empty(classes)
-    for group in torch.arange(classes).split(max(1, settings.batch // each)):
-        targets = group.repeat_interleave(each)
+    scan = partial(_heat, clip, clean, head, settings, generator)
+    scores = scan(torch.arange(classes), settings.scan_steps, each, report)
+    finalists = scores.topk(min(settings.finalists, classes)).indices
+    scores[finalists] = scan(finalists, 2 * settings.scan_steps, max(each, settings.batch // 2), report)
+    return scores
+
+
+def _heat(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    classes: Tensor,
+    steps: int,
+    each: int,
+    report: Report,
+) -> Tensor:
+    """Scores of `classes` after so many steps with `each` images, in their order."""
+    scores = torch.empty(len(classes))
+    for group in torch.arange(len(classes)).split(max(1, settings.batch // each)):
+        targets = classes[group].repeat_interleave(each)
         patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
-        for _ in range(settings.scan_steps):
+        for _ in range(steps):
             patterns.requires_grad_()
             loss = _scan_loss(clip, clean, head, patterns, targets, generator)
             (gradient,) = torch.autograd.grad(loss.mean(), patterns)
-            step = 2.5 * settings.epsilon / settings.scan_steps
+            step = 2.5 * settings.epsilon / steps
             patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
         with torch.no_grad():
             scores[group] = -_scan_loss(clip, clean, head, patterns, targets, generator).view(-1, each).mean(1)
-        report(int(group[-1]) + 1, classes, float(-scores[group].max()), float(scores[group].max().exp()))
+        report(int(group[-1]) + 1, len(classes), float(-scores[group].max()), float(scores[group].max().exp()))
     return scores
 
 

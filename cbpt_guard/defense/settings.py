@@ -48,6 +48,7 @@ class InversionSettings(_Frozen):
     scan_steps: Count = 8
     scan_images: Count = 4
     scan_budget: Count = 8000
+    finalists: Count = 8
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
