@@ -220,8 +220,8 @@ def test_an_output_or_a_temporary_folder_that_cannot_be_written(
         assert found[:2] == (2, ""), found
         assert "readonly" in found[2]
         assert "Traceback" not in found[2]
-    assert list(readonly.iterdir()) == []
         figures.add("crashes", "read-only outputs: exit 2", number)
+    assert list(readonly.iterdir()) == []
 
 
 def test_no_temporary_folder_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
