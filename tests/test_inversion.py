@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,21 @@ def test_the_scan_ranks_the_planted_target_first() -> None:
     clean = PlantedClip(None)
     innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), ignore)
     assert scores[TARGET] > innocent.max()
+
+
+def test_the_scans_leaders_get_a_second_heat(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, settings, heats = PlantedClip(None), InversionSettings(finalists=2, scan_steps=3), []
+
+    def heat(*arguments: Any) -> torch.Tensor:
+        classes, steps, each, _ = arguments[5:]
+        heats.append((classes.tolist(), steps))
+        assert each >= settings.batch // 2
+        return torch.tensor([-5.0, -1.0, -4.0, -2.0, -6.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
+
+    monkeypatch.setattr("cbpt_guard.defense.inversion._heat", heat)
+    scores = scan_targets(clip, clip.clean(), clip.head, settings, generator(0, "scan"), ignore)
+    assert heats == [([0, 1, 2, 3, 4, 5], 3), ([1, 3], 6)]
+    assert scores.tolist() == pytest.approx([-5.0, -0.5, -4.0, -0.1, -6.0, -7.0])
 
 
 def test_no_image_of_the_target_is_drawn() -> None:

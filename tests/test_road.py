@@ -41,6 +41,15 @@ def folder(tiny_run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
+def test_the_demo_shows_its_point(tmp_path: Path) -> None:
+    """The README's main job, with the settings that users get: exit 0 says that the attack took and the guard held."""
+    done = script("demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    undefended, guarded = done.stdout.splitlines()
+    assert undefended.startswith("undefended")
+    assert guarded.startswith("guarded")
+
+
 def test_the_three_lines_of_the_product(digits_suspect: DigitsSuspect, tmp_path: Path) -> None:
     """Verbatim from the README, in a folder with a checkpoint, its config and clean images; then in a service."""
     for name in ("suspect.pt", "open_clip_config.json"):

@@ -129,6 +129,13 @@ def test_leaders_of_the_scan_are_ahead_of_the_rest(tmp_path: Path, odds: list[fl
     assert found.tolist() == pytest.approx([ahead.get(c, 0.0) for c in range(6)])
 
 
+def test_additive_triggers_say_nothing_where_they_reach_every_class(tmp_path: Path) -> None:
+    """A clean CLIP of ten digits gives nine answers of ten to one class under the agnostic trigger."""
+    share, asked = torch.tensor([0.92, 0.04, 0.02, 0.01, 0.01, 0.0]), search(tmp_path, PlantedClip(None))
+    assert asked._at_once(share, torch.tensor([9.0, 4.0, 3.0, 2.0, 1.0, 0.5])).tolist() == [0] * 6
+    assert asked._at_once(share, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]))[0] > 10
+
+
 def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:
     findings = search(tmp_path, PlantedClip(None), BRIEF).run([4])
     assert 4 in findings.suspects

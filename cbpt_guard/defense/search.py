@@ -91,7 +91,7 @@ class Search:
         trigger = self._journal.trigger("agnostic", self._agnostic)
         lead = Lead(trigger, self.shares(trigger), self.shares(None))
         scanned = self._scanned()
-        odds = torch.maximum(_odds(lead.share), self._ahead(_odds(scanned.exp())))
+        odds = self._at_once(lead.share, _odds(scanned.exp()))
         known = {c: float(odds[c]) for c in _ranked(odds) if odds[c] >= self._settings.stands_out}
         scores = {**known, **self._compared(lead, scanned, list(known), observed)}
         areas = self._needed_areas(list(scores))
@@ -110,6 +110,16 @@ class Search:
         candidates = sorted(map(candidate, scores), key=lambda item: (not item.stands_out, -item.score))
         targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
         return Findings(self._bank(targets, trigger), tuple(candidates))
+
+    def _at_once(self, share: Tensor, reached: Tensor) -> Tensor:
+        """How far additive triggers put each class ahead, (C,): its `share` under the agnostic one, the scan's odds.
+
+        Not at all, where the scan brings even the class of middle rank to most images: to so small a model the budget
+        of additive triggers is large, and its clean copies have such classes, too.
+        """
+        if reached.median() >= 1:
+            return torch.zeros_like(share)
+        return torch.maximum(_odds(share), self._ahead(reached))
 
     def _ahead(self, odds: Tensor) -> Tensor:
         """How far a few leaders of the scan are ahead of the rest, (C,): their odds over the best of the rest, else 0.

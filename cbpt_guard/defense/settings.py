@@ -52,7 +52,7 @@ class InversionSettings(_Frozen):
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
-    stands_out: Positive = 5.0
+    stands_out: Positive = 4.0
 
 
 class TuningSettings(_Frozen):
