@@ -116,12 +116,12 @@ def test_a_target_that_shows_at_once_is_compared_with_nothing(tmp_path: Path, fo
 @pytest.mark.parametrize(
     ("odds", "ahead"),
     [
-        ([0.02, 511.0, 1.0, 0.04, 0.03, 0.01], {1: 200.0, 2: 20.0}),  # two planted targets
-        ([0.4, 0.05, 0.04, 0.01, 0.0, 0.0], {0: 8.0}),
+        ([0.02, 511.0, 20.0, 0.9, 0.03, 0.01], {1: 10.0, 2: 10.0}),  # two planted targets
+        ([269.0, 0.3, 0.04, 0.01, 0.0, 0.0], {0: 10.0}),  # one, with a natural leader far ahead of what is left
+        ([6.0, 1.25, 0.04, 0.01, 0.0, 0.0], {0: 4.8}),
         ([0.11, 0.08, 0.04, 0.04, 0.02, 0.0], {}),  # a clean model
         ([511.0, 120.0, 55.0, 14.0, 9.0, 8.0], {}),  # of ten digits: every class is reached
-        ([1.0, 1.0, 1.0, 1.0, 0.01, 0.01], {}),  # more than may be candidates
-        ([0.04, 1e-6, 1e-9, 0.0, 0.0, 0.0], {}),  # a thousand times next to nothing
+        ([9.0, 9.0, 9.0, 9.0, 0.01, 0.01], {}),  # more than may be candidates
     ],
 )
 def test_leaders_of_the_scan_are_ahead_of_the_rest(tmp_path: Path, odds: list[float], ahead: dict[int, float]) -> None:

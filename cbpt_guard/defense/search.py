@@ -24,8 +24,7 @@ from cbpt_guard.errors import InputError
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 
-# odds of the scan below and above which there is nothing to compare: as good as not reached, and as good as always
-_FAINT, _SURE = 0.05, 10.0
+_SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,10 @@ class Search:
     def _ahead(self, odds: Tensor) -> Tensor:
         """How far a few leaders of the scan are ahead of the rest, (C,): their odds over the best of the rest, else 0.
 
-        As many are leaders as there can be while the last of them is `stands_out` times ahead.
+        As many are leaders as there can be while the last of them is `stands_out` times ahead, and `stands_out` times
+        as likely as all else: natural leaders may be far ahead of a rest that is not reached at all.
         """
-        ranking, ahead, odds = _ranked(odds), torch.zeros_like(odds), odds.clamp(_FAINT, _SURE)
+        ranking, ahead, odds = _ranked(odds), torch.zeros_like(odds), odds.clamp(1.0, _SURE)
         for count in range(1, min(self._settings.candidates, len(ranking) - 1) + 1):
             leaders, best = ranking[:count], odds[ranking[count]]
             if odds[leaders[-1]] >= self._settings.stands_out * best:
