@@ -32,6 +32,8 @@ def run(
     root: Annotated[list[Path] | None, typer.Option(help="Where the plan's paths are sought; may be repeated.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: only that part; no two parts need one implant.")] = "1/1",
     only: Annotated[list[str] | None, typer.Option(help="A suspect, as --dry-run names it; may be repeated.")] = None,
+    defense: Annotated[list[str] | None, typer.Option(help="Only this defence; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
     final: Annotated[bool, typer.Option("--final", help="Count on the test images; each such read is logged.")] = False,
     device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
@@ -44,14 +46,13 @@ def run(
     read = Plan.read(plan)
     number, of = _shard(shard)
     split: Split = "test" if final else "clean"
+    groups = chosen(read.shard(number, of), suspects=only or (), defenses=defense or (), seeds=seed or ())
     if dry_run:
-        sys.stdout.write(_priced(read, missing(read, chosen(read.shard(number, of), only or ()), out, split)))
+        sys.stdout.write(_priced(read, missing(read, groups, out, split)))
         return
     places = Places(tuple(root or [Path()]), work)
     start = partial(prepare_torch, threads)
-    added = run_suite(
-        read, places, out, shard=(number, of), only=only or (), split=split, device=device, start=start, report=note
-    )
+    added = run_suite(read, places, out, groups=groups, split=split, device=device, start=start, report=note)
     note(f"{added} lines added")
     sys.stdout.write(f"{out}\n")
 

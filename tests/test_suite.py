@@ -460,6 +460,9 @@ def test_a_dry_run_prices_what_is_missing_and_writes_nothing(root: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
     assert_refused(cli("bench", "run", *options, "--shard", "3/2"), "shard 3/2 is none")
     assert_refused(cli("bench", "run", *options, "--shard", "half"), "--shard", usage=True)
+    assert cli("bench", "run", *options, "--defense", "probe").stdout.splitlines()[-1].endswith("\t1 defences")
+    assert_refused(cli("bench", "run", *options, "--only", "sig"), "'sig' is no suspect of this plan or part; there are")
+    assert_refused(cli("bench", "run", *options, "--seed", "7"), "7 is no seed of this plan or part; there are 0")
 
 
 def test_only_final_reads_the_test_images_and_each_read_is_logged(

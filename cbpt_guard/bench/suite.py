@@ -23,6 +23,7 @@ from cbpt_guard.errors import CbptGuardError, InputError, SetupError
 READS = "test-reads.jsonl"
 _PATIENCE = 10.0  # seconds for a process that was told to end
 Result = TypeVar("Result")
+Asked = TypeVar("Asked", str, int)
 Report = Callable[[str], None]
 
 
@@ -39,8 +40,7 @@ def run_suite(
     places: Places,
     out: Path,
     *,
-    shard: tuple[int, int] = (1, 1),
-    only: Sequence[str] = (),
+    groups: Sequence[Group] | None = None,
     split: Split = "clean",
     device: str = "cpu",
     start: Callable[[], None] = nothing,
@@ -52,8 +52,7 @@ def run_suite(
         plan: what is to be measured.
         places: where its paths and the cache lie.
         out: the lines; an interrupted suite goes on where it was.
-        shard: (i, n), the part of the plan to measure; no two parts need the same implant.
-        only: the suspects to measure; none named means all.
+        groups: what of the plan to measure, such as `chosen(plan.shard(1, 8), defenses=["cbpt"])`; None means all.
         split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
         device: where torch computes.
         start: called first in every process that measures, such as to set its threads; it must be picklable.
@@ -63,29 +62,38 @@ def run_suite(
         CbptGuardError: as the defence or the counting raises it.
         SetupError: a process died, or another command appends to `out`.
     """
-    groups = missing(plan, chosen(plan.shard(*shard), only), out, split)
+    asked = missing(plan, plan.groups() if groups is None else groups, out, split)
     added = 0
     with appending(out) as append:
-        if split == "test" and groups:
+        if split == "test" and asked:
             log_read(out.with_name(READS), plan)
-        for number, group in enumerate(groups, 1):
+        for number, group in enumerate(asked, 1):
             for name in group.implants:
                 alone(_plant, (plan, name, places, device), start)
             what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
-            report(f"{number} of {len(groups)}: {what}")
+            report(f"{number} of {len(asked)}: {what}")
             lines = alone(_measure, (plan, group, places, split, device), start)
             append(lines)
             added += len(lines)
     return added
 
 
-def chosen(groups: Sequence[Group], only: Sequence[str]) -> list[Group]:
-    """The groups of some suspects; `InputError` where one is unknown."""
-    known = list(dict.fromkeys(group.unit for group in groups))
-    for name in only:
-        if name not in known:
-            raise InputError(f"{name!r} is no suspect of this plan or part; they are {', '.join(known)}")
-    return [group for group in groups if not only or group.unit in only]
+def chosen(
+    groups: Sequence[Group], *, suspects: Sequence[str] = (), defenses: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Group]:
+    """The groups of some suspects, defences and seeds; where none is named, of all. `InputError` for an unknown one."""
+    units = _known("suspect", suspects, [group.unit for group in groups])
+    names = _known("defence", defenses, [group.defense for group in groups])
+    draws = _known("seed", seeds, [group.seed for group in groups])
+    return [group for group in groups if group.unit in units and group.defense in names and group.seed in draws]
+
+
+def _known(what: str, asked: Sequence[Asked], found: Sequence[Asked]) -> Sequence[Asked]:
+    there = list(dict.fromkeys(found))
+    for name in asked:
+        if name not in there:
+            raise InputError(f"{name!r} is no {what} of this plan or part; there are {', '.join(map(str, there))}")
+    return asked or there
 
 
 def missing(plan: Plan, groups: Sequence[Group], out: Path, split: Split) -> list[Group]:
