@@ -48,20 +48,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with base + cpu; returns its `bin`. `source` then holds the wheel that was installed."""
+def wheel(source: Path) -> Path:
+    """The wheel that pip builds of it."""
+    installed(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", source / "dist", ".", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def service(source: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with base + cpu; returns its `bin`."""
     folder = tmp_path_factory.mktemp("service")
     assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder).returncode == 0
     pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check")
-    installed(*pip[:3], "wheel", "-q", "--no-deps", "-w", source / "dist", ".", cwd=source)
-    (wheel,) = (source / "dist").glob("*.whl")
     installed(*pip, "install", "-q", f"{wheel}[cpu]", "-c", "constraints.txt", cwd=source)
     return folder / "bin"
 
 
 @pytest.mark.trust
-def test_the_wheel_holds_the_five_packages_and_nothing_else(service: Path, source: Path, figures: Figures) -> None:
-    (wheel,) = (source / "dist").glob("*.whl")
+def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path, source: Path, figures: Figures) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name]
     setuptools = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import python
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from figures import Figures
@@ -100,16 +99,6 @@ def test_a_strangers_file_name_stays_a_name(source: str) -> None:
 def test_a_run_without_a_date() -> None:
     with pytest.raises(InputError, match="no ISO date"):
         sbom(tiny_manifest().model_copy(update={"created": "yesterday"}), HASHES)
-
-
-def test_two_exports_of_one_run_are_equal_to_the_byte(exported: Path, tiny_run: Path, tmp_path: Path) -> None:
-    """The other one in a process of its own, where sets come in another order."""
-    code = "import sys\nfrom cbpt_guard.export import export\nexport(sys.argv[1], sys.argv[2])"
-    done = python(code, tiny_run, tmp_path / "again", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for path in exported.iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert open_bundle(tmp_path / "again").digest == open_bundle(exported).digest
 
 
 def test_both_are_listed_in_the_manifest(exported: Path) -> None:
