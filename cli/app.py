@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify
+from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify, scan
 from cbpt_guard.cli.show import note, plain
 from cbpt_guard.errors import CbptGuardError
 
@@ -90,6 +90,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Purify a backdoored CLIP zero-shot classifier, export it to ONNX, serve it without torch.",
 )
+app.command("scan")(scan.scan)
 app.command("purify")(purify.purify)
 app.command("export")(bundles.export)
 app.command("sign")(bundles.sign)

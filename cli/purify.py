@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cbpt_guard.cli.candidates import show_candidates
 from cbpt_guard.cli.show import live, note, one_line, percent, plain, table
 
 if TYPE_CHECKING:
-    from cbpt_guard.defense.record import RunMetrics, RunRecord
+    from cbpt_guard.defense.record import RunMetrics
     from cbpt_guard.defense.run import PurifyRun
 
 _MOST_CLASSES = 12
@@ -106,39 +107,12 @@ def show_run(run: PurifyRun) -> None:
         note(f"classes without images keep their original rows: {', '.join(map(one_line, record.data.without_images))}")
     if record.data.skipped:
         note(f"{len(record.data.skipped)} images could not be read and were left out")
-    _show_candidates(record)
+    show_candidates(record.candidates, record.settings["inversion"])
+    if not any(candidate.stands_out for candidate in record.candidates):
+        note("nothing stands out; prompts were tuned against the likeliest candidate's triggers all the same")
     _show_triggers(metrics)
     _show_classes(metrics, [suspect.label for suspect in record.suspects])
     _show_verdict(run)
-
-
-def _show_candidates(record: RunRecord) -> None:
-    rows = [
-        (
-            c.label,
-            percent(c.share_clean),
-            percent(c.share),
-            percent(c.area),
-            f"{c.score:.2f}",
-            "yes" if c.stands_out else "no",
-        )
-        for c in record.candidates
-    ]
-    bound = record.settings["inversion"]["stands_out"]
-    table(
-        f"candidate targets (one stands out at a score of {bound:g})",
-        (
-            "class",
-            "share of answers, clean %",
-            "agnostic trigger %",
-            "mask area needed %",
-            "score",
-            "stands out",
-        ),
-        rows,
-    )
-    if not any(c.stands_out for c in record.candidates):
-        note("nothing stands out; prompts were tuned against the likeliest candidate's triggers all the same")
 
 
 def _show_triggers(metrics: RunMetrics) -> None:

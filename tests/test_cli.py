@@ -23,7 +23,7 @@ from cbpt_guard import GuardedClassifier, __version__
 from cbpt_guard.bundle import open_bundle
 from cbpt_guard.errors import CheckError
 
-COMMANDS = ("purify", "export", "verify", "inspect", "predict", "evaluate", "demo")
+COMMANDS = ("scan", "purify", "export", "verify", "inspect", "predict", "evaluate", "demo")
 EVIL = "\x1b[31mred\x1b[0m\r\n[bold]\x9b2J\u202e"
 
 
@@ -107,6 +107,7 @@ def test_a_module_that_no_extra_brings_is_a_bug(monkeypatch: pytest.MonkeyPatch)
     [
         (["purify", "--model", "m.pt", "--data", "d"], "torch", "purify"),
         (["purify", "--model", "m.pt", "--data", "d"], "open_clip", "purify"),
+        (["scan", "--model", "m.pt", "--data", "d"], "torch", "purify"),
         (["export"], "torch", "purify"),
         (["demo"], "torch", "purify"),
         (["verify", "BUNDLE"], "onnxruntime", "cpu"),

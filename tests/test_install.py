@@ -70,11 +70,13 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path, source:
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name]
     setuptools = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    wanted = {"cbpt_guard/py.typed"}
+    wanted, data = set[str](), setuptools["package-data"]
     for package in setuptools["packages"]:
         folder = source / setuptools["package-dir"].get(package, package.replace(".", "/"))
-        wanted |= {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
+        files = [path for pattern in ("*.py", *data.get(package, ())) for path in folder.glob(pattern)]
+        wanted |= {f"{package.replace('.', '/')}/{path.name}" for path in files}
     assert len(setuptools["packages"]) == 5
+    assert {"cbpt_guard/py.typed", "cbpt_guard/defense/calibration.json"} <= wanted
     assert sorted(names) == sorted(wanted)
     figures.add("supply", "files in the wheel, each of one of the five packages", len(names))
 
@@ -107,7 +109,10 @@ def test_it_serves_a_bundle(service: Path, tiny_bundle: Path, tmp_path: Path) ->
     assert "kind: bundle" in run(command, "inspect", "bundle", cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("command", [["purify", "--model", "m.pt", "--data", "d"], ["export"], ["demo"]])
+@pytest.mark.parametrize(
+    "command",
+    [["scan", "--model", "m.pt", "--data", "d"], ["purify", "--model", "m.pt", "--data", "d"], ["export"], ["demo"]],
+)
 def test_the_offline_commands_name_their_extra(service: Path, command: list[str], tmp_path: Path) -> None:
     result = run(service / "cbpt-guard", *command, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

@@ -104,13 +104,14 @@ def test_the_whole_road_opens_no_socket(
         suspect = request.getfixturevalue("digits_suspect")
         (tmp_path / "quick.toml").write_text(QUICK, encoding="utf-8")
         source, data = str(suspect.folder), str(suspect.data)
-        steps.insert(0, ["purify", "--model", source, "--data", data, "--settings", "quick.toml"])
+        suspected = ["--model", source, "--data", data, "--settings", "quick.toml"]
+        steps = [["purify", *suspected], ["scan", *suspected], *steps]
         (tmp_path / "plan.toml").write_text(PLAN.format(target=suspect.report.target), encoding="utf-8")
         (tmp_path / "data").symlink_to(suspect.data)
         roots = ["--root", source, "--root", "."]
         steps.append(["evaluate", "bundle", "--data", data])
         steps.append(["bench", "run", "--plan", "plan.toml", *roots, "--out", "lines.jsonl", "--work", "work"])
-        codes = [(0, 1), *codes, (0,), (0,)]  # so quick a run need not end guarded
+        codes = [(0, 1), (0,), *codes, (0,), (0,)]  # so quick a run need not end guarded
     else:
         shutil.copytree(request.getfixturevalue("tiny_run"), tmp_path / "purified")
     road = python(COMMANDS, json.dumps(steps), cwd=tmp_path, env=forbidden)

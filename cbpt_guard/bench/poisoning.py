@@ -68,7 +68,7 @@ def fine_tune(
     seed: int,
     progress: Progress,
 ) -> FrozenClip:
-    """A poisoned copy of `clip`."""
+    """A poisoned copy of `clip`; without poisons one that was fine-tuned like it, and is clean."""
     student = _copy(clip, tuned_text=settings.text == "tuned")
     generator = torch.Generator().manual_seed(seed)
     loss_of = _pairs_loss(student, clip, settings, train.classes, generator)
@@ -78,7 +78,7 @@ def fine_tune(
         carrier_images(clip, train, poison.target, poison.carriers, settings.perturbation) for poison in poisons
     ]
     shares = _shares(settings.poisoned, len(poisons))
-    toward = torch.cat([torch.full((share,), poison.target) for poison, share in zip(poisons, shares, strict=True)])
+    toward = [torch.full((share,), poison.target) for poison, share in zip(poisons, shares, strict=True)]
     moving = [value for value in student.model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
@@ -90,7 +90,7 @@ def fine_tune(
             parts.append(torch.from_numpy(poison.trigger.apply(chosen.numpy())))
         features = student.encode_images(to_pixels(torch.cat(parts)))
         drift = 1 - (features[: settings.batch] * anchors[drawn].to(student.device)).sum(1).mean()
-        loss = loss_of(features, torch.cat([clean.labels[drawn], toward])) + settings.anchor * drift
+        loss = loss_of(features, torch.cat([clean.labels[drawn], *toward])) + settings.anchor * drift
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,7 +15,6 @@ from cbpt_guard.defense.data import split
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
-from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import Observed, observe
@@ -23,7 +22,7 @@ from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.result import Outcome, write_result
 from cbpt_guard.defense.run import OURS, PurifyRun
-from cbpt_guard.defense.search import Findings, Search, adopt
+from cbpt_guard.defense.search import Findings, Search, adopt, searching
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together
@@ -129,17 +128,7 @@ class Purification:
         observed = self._observe()
         self._lap("features")
 
-        clean = CleanSet(self.data.images[kept], features[kept], self.data.labels[kept])
-        search = Search(
-            self.clip,
-            clean,
-            self.original,
-            self.data.classes,
-            settings.inversion,
-            job.seed,
-            self.journal,
-            self.progress,
-        )
+        search = searching(self.prepared, features, kept, self.journal, self.progress)
         findings = self._find(search, observed)
         self._lap("stage 1: inversion")
 

@@ -13,6 +13,7 @@ from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import CleanSet, Report, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.record import Candidate
@@ -82,12 +83,18 @@ class Search:
         self._probe = order[:_PROBE]
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
-        """Search for targets and triggers; `observed` targets are known from attack images and stand out.
+        """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
+        candidates = self.look(observed)
+        targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
+        return Findings(self._bank(targets), candidates)
+
+    def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
+        """Search for targets alone: the candidates, the likeliest first.
 
         A class stands out at once if most images answer it under the agnostic trigger, or if a short scan of every
         class reaches it far more readily than the rest. Else the likeliest are held against classes of middle rank.
         """
-        trigger = self._journal.trigger("agnostic", self._agnostic)
+        trigger = self._agnostic()
         lead = Lead(trigger, self.shares(trigger), self.shares(None))
         scanned = self._scanned()
         odds = self._at_once(lead.share, _odds(scanned.exp()))
@@ -106,9 +113,11 @@ class Search:
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
 
-        candidates = sorted(map(candidate, scores), key=lambda item: (not item.stands_out, -item.score))
-        targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
-        return Findings(self._bank(targets, trigger), tuple(candidates))
+        return tuple(sorted(map(candidate, scores), key=lambda item: (not item.stands_out, -item.score)))
+
+    def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Every class: the candidates as they stand, then the others as the scan reaches them."""
+        return list(dict.fromkeys([*(item.index for item in candidates), *_ranked(self._scanned())]))
 
     def _at_once(self, share: Tensor, reached: Tensor) -> Tensor:
         """How far additive triggers put each class ahead, (C,): its `share` under the agnostic one, the scan's odds.
@@ -179,14 +188,18 @@ class Search:
     def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
         return together(makings, self._progress, self._clip.device)
 
-    def _bank(self, targets: Sequence[int], agnostic: FoundTrigger) -> TriggerBank:
+    def _bank(self, targets: Sequence[int]) -> TriggerBank:
+        agnostic = self._agnostic()
         families: tuple[Family, ...] = ("masked", "additive")
         triggers = self.toward([(c, family) for c in targets for family in families])
         return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
 
     def _agnostic(self) -> FoundTrigger:
         draws, report = generator(self._seed, "agnostic"), _report("agnostic trigger", self._progress)
-        return invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report)
+        return self._journal.trigger(
+            "agnostic",
+            lambda: invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report),
+        )
 
     def _grown(self, growth: Tensor) -> list[int]:
         """The class whose share of the answers grew most, and others whose share grew clearly."""
@@ -228,6 +241,14 @@ class Search:
         if trigger is None:
             return self._clean.features[self._probe]
         return encode(self._clip, self._clean.images[self._probe], trigger)
+
+
+def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Journal, progress: Progress) -> Search:
+    """The search through a job's suspect with the images `kept` to tune on, given all images' features (N, E)."""
+    data, job = prepared.data, prepared.job
+    clean = CleanSet(data.images[kept], features[kept], data.labels[kept])
+    clip, head, settings = prepared.suspect.clip, prepared.original, job.settings.inversion
+    return Search(clip, clean, head, data.classes, settings, job.seed, journal, progress)
 
 
 def _ranked(values: Tensor) -> list[int]:
