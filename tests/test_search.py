@@ -110,7 +110,7 @@ def test_a_target_that_shows_at_once_is_compared_with_nothing(tmp_path: Path, fo
     assert [candidate.index for candidate in found.candidates] == [TARGET]
     search(tmp_path, PlantedClip(TARGET)).run()
     names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
-    assert names == {"agnostic", "scan", "masked-2", "additive-2"}
+    assert names == {"agnostic", "scan", "waves", "masked-2", "additive-2"}
 
 
 @pytest.mark.parametrize(

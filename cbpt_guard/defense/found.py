@@ -17,15 +17,17 @@ from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.errors import InputError
 
-Family = Literal["additive", "masked"]
+Inverted = Literal["additive", "masked"]
+"""Families that an inversion can make."""
+Family = Literal["additive", "masked", "wave"]
 
 
 @dataclass(frozen=True)
 class FoundTrigger:
     """A trigger that inversion found toward class `target`.
 
-    additive: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern.
-    `pattern` (3, S, S) in pixels; `mask` (1, S, S) in [0, 1], None for the additive family.
+    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern.
+    `pattern` (3, S, S) in pixels; `mask` (1, S, S) in [0, 1], None for the families that add.
     """
 
     family: Family
@@ -47,7 +49,7 @@ class FoundTrigger:
 
     @property
     def area(self) -> float:
-        """The part of the image that the mask covers; 1 for the additive family."""
+        """The part of the image that the mask covers; 1 for the families that add."""
         return 1.0 if self.mask is None else float(self.mask.mean())
 
     def detached(self) -> FoundTrigger:

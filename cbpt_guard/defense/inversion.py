@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.found import Family, FoundTrigger
+from cbpt_guard.defense.found import FoundTrigger, Inverted
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import InversionSettings
 
@@ -47,7 +47,7 @@ class Pattern:
     """
 
     def __init__(
-        self, family: Family, size: int, epsilon: float, generator: torch.Generator, budget: float | None = None
+        self, family: Inverted, size: int, epsilon: float, generator: torch.Generator, budget: float | None = None
     ) -> None:
         self.family = family
         self.epsilon = epsilon
@@ -123,7 +123,7 @@ def invert_toward(
     clean: CleanSet,
     head: Head,
     target: int,
-    family: Family,
+    family: Inverted,
     settings: InversionSettings,
     generator: torch.Generator,
     report: Report,
@@ -180,13 +180,18 @@ def scan_targets(
     of images each: after the first heat a target may lie some places behind natural leaders.
     """
     classes = head.rows.shape[0]
-    each = settings.scan_budget // (classes * (settings.scan_steps + 1))
-    each = min(max(each, settings.scan_images), settings.batch)
+    each = scan_images(classes, settings)
     scan = partial(_heat, clip, clean, head, settings, generator)
     scores = scan(torch.arange(classes), settings.scan_steps, each, report)
     finalists = scores.topk(min(settings.finalists, classes)).indices
     scores[finalists] = scan(finalists, 2 * settings.scan_steps, max(each, settings.batch // 2), report)
     return scores
+
+
+def scan_images(classes: int, settings: InversionSettings) -> int:
+    """Images of each class and step in the scan's first heat."""
+    each = settings.scan_budget // (classes * (settings.scan_steps + 1))
+    return min(max(each, settings.scan_images), settings.batch)
 
 
 def _heat(

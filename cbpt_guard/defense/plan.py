@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import CleanSet, invert_agnostic
+from cbpt_guard.defense.inversion import CleanSet, invert_agnostic, scan_images
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
-from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.settings import InversionSettings, Settings
 from cbpt_guard.defense.verdict import check_accuracy
+from cbpt_guard.defense.waves import SECOND_HEAT, WAVES
 
 _TRIGGERS = 3  # masked, additive and agnostic toward one suspect, the usual bank
 
@@ -59,7 +60,7 @@ def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silen
     prepared = prepare(job, progress)
     data, settings = prepared.data, job.settings
     kept, held = split(data.labels, settings.tuning.held_out, job.seed)
-    forward, backward, text = _measure(prepared)
+    costs = _measure(prepared)
     return Plan(
         architecture=prepared.suspect.record.architecture,
         resolved=prepared.suspect.record.resolved,
@@ -68,7 +69,7 @@ def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silen
         held_out=len(held),
         skipped=len(prepared.skipped),
         output=str(out),
-        seconds=_expected(settings, len(kept), len(held), forward, backward, text, inverted=job.reuse is None),
+        seconds=_expected(settings, len(data.classes), len(kept), len(held), costs, inverted=job.reuse is None),
         memory_mb=_memory_mb(prepared),
     )
 
@@ -99,14 +100,18 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _expected(
-    settings: Settings, kept: int, held: int, forward: float, backward: float, text: float, *, inverted: bool
+    settings: Settings, classes: int, kept: int, held: int, costs: tuple[float, float, float], *, inverted: bool
 ) -> dict[str, float]:
+    """Seconds by stage where no class stands out at once, so that masks are compared: the longer way."""
+    forward, backward, text = costs
     stage1, stage2 = settings.inversion, settings.tuning
     steps = stage2.epochs * math.ceil(kept / stage2.batch)
     masked = stage1.masked_steps * stage1.batch * backward
     inversion = (
         stage1.agnostic_steps * stage1.agnostic_batch * backward
-        + (1 + stage1.references) * masked
+        + _scanned(stage1, classes) * backward
+        + _heard(stage1) * forward
+        + (1 + stage1.scanned + stage1.references) * masked
         + stage1.additive_steps * stage1.batch * backward
     )
     return {
@@ -116,6 +121,18 @@ def _expected(
         "stage 2: prompts": steps * text,
         "verdict": 2 * masked + 2 * (held or kept) * forward,
     }
+
+
+def _scanned(settings: InversionSettings, classes: int) -> int:
+    """Images that the scan of every class looks at, in both heats."""
+    first, finalists = scan_images(classes, settings), min(settings.finalists, classes)
+    second = max(first, settings.batch // 2)
+    return classes * first * (settings.scan_steps + 1) + finalists * second * (2 * settings.scan_steps + 1)
+
+
+def _heard(settings: InversionSettings) -> int:
+    """Images that plain waves are tried on, in both heats."""
+    return settings.wave_images * (WAVES * settings.wave_periods + SECOND_HEAT * settings.finalists)
 
 
 def _memory_mb(prepared: Prepared) -> int:

@@ -43,7 +43,8 @@ class Candidate(_Frozen):
     """A possible target: its share of the answers under the agnostic trigger and on clean images.
 
     `area` is the part of the image that its masked trigger needs. `score` is what `stands_out` compares: the odds
-    of the class under the agnostic trigger, how far the scan puts it ahead, or how many times less area it needs.
+    of the class under the agnostic trigger or a plain wave, how far the scan puts it ahead, or how many times less
+    area it needs.
     """
 
     label: str

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip
-from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import CleanSet, Report, invert_agnostic, invert_toward, scan_targets
 from cbpt_guard.defense.job import Prepared
@@ -20,11 +21,12 @@ from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.together import together
+from cbpt_guard.defense.waves import Heard, listen
 from cbpt_guard.errors import InputError
 
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
-
+_WAVES = 2  # in the bank for a target that stands out by them
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -91,13 +93,14 @@ class Search:
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
         """Search for targets alone: the candidates, the likeliest first.
 
-        A class stands out at once if most images answer it under the agnostic trigger, or if a short scan of every
-        class reaches it far more readily than the rest. Else the likeliest are held against classes of middle rank.
+        A class stands out at once if most images answer it under the agnostic trigger or under a plain wave, or if a
+        short scan of every class reaches it far more readily than the rest. Else the likeliest are held against
+        classes of middle rank.
         """
         trigger = self._agnostic()
         lead = Lead(trigger, self.shares(trigger), self.shares(None))
         scanned = self._scanned()
-        odds = self._at_once(lead.share, _odds(scanned.exp()))
+        odds = torch.maximum(self._at_once(lead.share, _odds(scanned.exp())), _odds(self._heard().best))
         known = {c: float(odds[c]) for c in _ranked(odds) if odds[c] >= self._settings.stands_out}
         scores = {**known, **self._compared(lead, scanned, list(known), observed)}
         areas = self._needed_areas(list(scores))
@@ -158,7 +161,7 @@ class Search:
         areas = self._needed_areas([*further, *references])
         return {c: median(areas[r] for r in references) / areas[c] for c in further}
 
-    def toward(self, wanted: Sequence[tuple[int, Family]]) -> list[FoundTrigger]:
+    def toward(self, wanted: Sequence[tuple[int, Inverted]]) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
         return self._all([self._making(f"{family}-{c}", f"{family} trigger", c, family) for c, family in wanted])
 
@@ -172,7 +175,7 @@ class Search:
         )
 
     def _making(
-        self, name: str, what: str, target: int, family: Family, head: Head | None = None, budget: float | None = None
+        self, name: str, what: str, target: int, family: Inverted, head: Head | None = None, budget: float | None = None
     ) -> Making:
         """How a trigger is made, unless the journal has it by that name."""
 
@@ -190,9 +193,23 @@ class Search:
 
     def _bank(self, targets: Sequence[int]) -> TriggerBank:
         agnostic = self._agnostic()
-        families: tuple[Family, ...] = ("masked", "additive")
+        families: tuple[Inverted, ...] = ("masked", "additive")
         triggers = self.toward([(c, family) for c in targets for family in families])
-        return TriggerBank((*triggers, agnostic) if agnostic.target in targets else tuple(triggers))
+        if agnostic.target in targets:
+            triggers.append(agnostic)
+        return TriggerBank((*triggers, *self._waves(targets)))
+
+    def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
+        """The waves toward those targets that stand out by one."""
+        heard, settings = self._heard(), self._settings
+        odds = _odds(heard.best)
+        told = [c for c in targets if odds[c] >= settings.stands_out]
+        return [wave for c in told for wave in heard.triggers(c, _WAVES, self._clip.image_size, settings)]
+
+    def _heard(self) -> Heard:
+        draws, report = generator(self._seed, "waves"), _report("plain waves", self._progress)
+        make = partial(listen, self._clip, self._clean, self._head, self._settings, draws, report)
+        return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
 
     def _agnostic(self) -> FoundTrigger:
         draws, report = generator(self._seed, "agnostic"), _report("agnostic trigger", self._progress)
