@@ -42,9 +42,9 @@ class DataRecord(_Frozen):
 class Candidate(_Frozen):
     """A possible target: its share of the answers under the agnostic trigger and on clean images.
 
-    `area` is the part of the image that its masked trigger needs. `score` is what `stands_out` compares: the odds
-    of the class under the agnostic trigger or a plain wave, how far the scan puts it ahead, or how many times less
-    area it needs.
+    `area` is the part of the image that its masked trigger needs, `natural` what classes of middle rank need. `score`
+    is what `stands_out` compares: the odds of the class under the agnostic trigger or a plain wave, how far the scan
+    puts it ahead, or how many times less area it needs; the largest of them.
     """
 
     label: str
@@ -52,6 +52,7 @@ class Candidate(_Frozen):
     share: float
     share_clean: float
     area: float
+    natural: float
     score: float
     stands_out: bool
 

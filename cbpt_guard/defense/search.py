@@ -94,16 +94,19 @@ class Search:
         """Search for targets alone: the candidates, the likeliest first.
 
         A class stands out at once if most images answer it under the agnostic trigger or under a plain wave, or if a
-        short scan of every class reaches it far more readily than the rest. Else the likeliest are held against
-        classes of middle rank.
+        short scan of every class reaches it far more readily than the rest; else if it needs far less area than
+        classes of middle rank do.
         """
         trigger = self._agnostic()
         lead = Lead(trigger, self.shares(trigger), self.shares(None))
         scanned = self._scanned()
         odds = torch.maximum(self._at_once(lead.share, _odds(scanned.exp())), _odds(self._heard().best))
-        known = {c: float(odds[c]) for c in _ranked(odds) if odds[c] >= self._settings.stands_out}
-        scores = {**known, **self._compared(lead, scanned, list(known), observed)}
-        areas = self._needed_areas(list(scores))
+        known = [c for c in _ranked(odds) if odds[c] >= self._settings.stands_out]
+        tried = [*known, *self._further(lead, scanned, known, observed)]
+        references = self._references(_ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
+        areas = self._needed_areas([*tried, *references])
+        natural = median(areas[c] for c in references or tried)
+        scores = {c: max(float(odds[c]), natural / areas[c]) for c in tried}
 
         def candidate(c: int) -> Candidate:
             return Candidate(
@@ -112,6 +115,7 @@ class Search:
                 share=float(lead.share[c]),
                 share_clean=float(lead.share_clean[c]),
                 area=areas[c],
+                natural=natural,
                 score=scores[c],
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
@@ -145,21 +149,15 @@ class Search:
                 ahead[leaders] = odds[leaders] / best
         return ahead
 
-    def _compared(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> dict[int, float]:
-        """How many times less area each further candidate needs than classes of middle rank do.
+    def _further(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> list[int]:
+        """Candidates beside those that are `known`, for their masks to be compared.
 
-        Those are `observed` targets and, where none is `known` yet, the likeliest by the lead and by the scan. One
-        class is left to compare with, if there is one.
+        Those are `observed` targets and, where none is known, the likeliest by the lead and by the scan. One class is
+        left to compare with, if there is one.
         """
-        likeliest = _ranked(scanned)
-        likely = [] if known else [*self._grown(lead.growth), *likeliest[: self._settings.scanned]]
+        likely = [] if known else [*self._grown(lead.growth), *_ranked(scanned)[: self._settings.scanned]]
         further = [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
-        further = further[: max(len(self.classes) - len(known) - 1, len(observed))]
-        if not further:
-            return {}
-        references = self._references(likeliest, [*known, *further]) or further
-        areas = self._needed_areas([*further, *references])
-        return {c: median(areas[r] for r in references) / areas[c] for c in further}
+        return further[: max(len(self.classes) - len(known) - 1, len(observed))]
 
     def toward(self, wanted: Sequence[tuple[int, Inverted]]) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
