@@ -138,6 +138,15 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class(tmp_path: Pa
     assert asked._at_once(share, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]))[0] > 10
 
 
+def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:
+    area = min(trigger.area for trigger in found.bank)
+    assert found.budgets(4.0) == {TARGET: pytest.approx(area)}
+    wide = replace(found, candidates=(found.candidates[0].model_copy(update={"natural": 2 * area}),))
+    assert wide.budgets(4.0) == {TARGET: pytest.approx(area / 2)}
+    cleared = found.candidates[0].model_copy(update={"stands_out": False})
+    assert replace(found, candidates=(cleared,)).budgets(4.0) == {}
+
+
 def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:
     findings = search(tmp_path, PlantedClip(None), BRIEF).run([4])
     assert 4 in findings.suspects

@@ -199,22 +199,14 @@ class Purification:
         unseen: FeatureSet,
         images: Tensor,
     ) -> list[Attacked]:
-        """All that the guard is judged under: the bank, fresh inversions, and observed images.
-
-        A fresh trigger may cover as much of the image as the found one, and no more than would make a class stand
-        out: with more, any image can be painted over with the target, backdoor or not.
-        """
+        """All that the guard is judged under: the bank, fresh inversions, and observed images."""
         attacks = [
             Attacked("found", trigger.family, trigger.target, features, unseen.labels)
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)
         ]
-        striking = {c.index: c.natural / self.settings.inversion.stands_out for c in findings.candidates}
-        areas = {
-            t: min(striking[t], *(trigger.area for trigger in findings.bank if trigger.target == t))
-            for t in findings.suspects
-        }
+        budgets = findings.budgets(self.settings.inversion.stands_out)
         heads = (("guarded", head.guarded), ("original", head.original))
-        wanted = [(t, name, one, area) for t, area in areas.items() for name, one in heads]
+        wanted = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
         for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels, against=name))

@@ -42,6 +42,20 @@ class Findings:
         """Targets that stand out."""
         return [candidate.index for candidate in self.candidates if candidate.stands_out]
 
+    def budgets(self, stands_out: float) -> dict[int, float]:
+        """The area that a fresh mask toward each suspect may cover, as a share of the image.
+
+        As much as the found one, and no more than would make a class stand out: with more, any image can be painted
+        over with the target, backdoor or not.
+        """
+        return {
+            item.index: min(
+                item.natural / stands_out, *(found.area for found in self.bank if found.target == item.index)
+            )
+            for item in self.candidates
+            if item.stands_out
+        }
+
 
 @dataclass(frozen=True)
 class Lead:
