@@ -1,8 +1,8 @@
 """What a scan's score means: clean and poisoned models of known origin, made and scanned.
 
-    python benchmarks/calibration.py measure --work WORK                                   small CLIPs of digits
-    python benchmarks/calibration.py measure --work WORK --shared ../shared --images IMAGES   and tuned shared ones
-    python benchmarks/calibration.py page                                            from the lines; `--check` compares
+    python benchmarks/calibration.py measure --work WORK                                      small CLIPs of digits
+    python benchmarks/calibration.py measure --work WORK --shared ../shared --images IMAGES   tuned shared ones
+    python benchmarks/calibration.py page                                         from the lines; `--check` compares
 
 A line for each model in scan.jsonl, appended as it is made, so an interrupted measurement goes on. IMAGES is what
 images.py makes. Half of the models, in turn, are the calibration that cbpt_guard/defense/calibration.json ships; the
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from pages import filled
@@ -157,12 +157,12 @@ def line(model: Model, source: Source, work: Path) -> Line:
 def measure(work: Path, shared: Path | None, images: Path | None) -> None:
     """Append what scan.jsonl lacks."""
     done = {(one["family"], one["name"]) for one in lines()}
-    makers: dict[str, Callable[[Model, Path], Source]] = {DIGITS: digits_source}
+    family, source = DIGITS, cast(Callable[[Model, Path], Source], digits_source)
     if shared is not None and images is not None:
-        makers[TUNED] = partial(tuned_source, shared=shared, images=images)
+        family, source = TUNED, partial(tuned_source, shared=shared, images=images)
     for model in models():
-        if model.family in makers and (model.family, model.name) not in done:
-            found = line(model, makers[model.family](model, work), work)
+        if model.family == family and (family, model.name) not in done:
+            found = line(model, source(model, work), work)
             with LINES.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
             print(model.family, model.name, found.get("took", ""), found["score"], *found["likeliest"], flush=True)
