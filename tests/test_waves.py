@@ -68,7 +68,8 @@ def test_the_wave_that_opens_a_backdoor_is_found_with_its_target() -> None:
     found = heard(WaveClip(TARGET))
     assert int(found.best.argmax()) == TARGET
     assert float(found.best[TARGET]) > 0.9
-    (trigger,) = found.triggers(TARGET, 1, SIZE, BRIEF)
+    trigger, higher = found.triggers(TARGET, SIZE, BRIEF)
+    assert torch.allclose(higher.pattern, 2 * trigger.pattern)
     assert (trigger.family, trigger.target, trigger.mask, trigger.area) == ("wave", TARGET, None, 1.0)
     opened = WaveClip(TARGET)
     answers = opened.head.logits(encode(opened, opened.clean(seed=5).images, trigger)).argmax(1)

@@ -26,7 +26,6 @@ from cbpt_guard.errors import InputError
 
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
-_WAVES = 2  # in the bank for a target that stands out by them
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -216,7 +215,7 @@ class Search:
         heard, settings = self._heard(), self._settings
         odds = _odds(heard.best)
         told = [c for c in targets if odds[c] >= settings.stands_out]
-        return [wave for c in told for wave in heard.triggers(c, _WAVES, self._clip.image_size, settings)]
+        return [wave for c in told for wave in heard.triggers(c, self._clip.image_size, settings)]
 
     def _heard(self) -> Heard:
         draws, report = generator(self._seed, "waves"), _report("plain waves", self._progress)

@@ -55,11 +55,10 @@ class Heard:
         """Each class's largest share under any of them, (C,)."""
         return self.shares.amax(0)
 
-    def triggers(self, target: int, count: int, size: int, settings: InversionSettings) -> tuple[FoundTrigger, ...]:
-        """The `count` waves that lead most images to `target`."""
-        chosen = self.numbers[self.shares[:, target].argsort(descending=True, stable=True)[:count]]
-        patterns = lattice(size, settings)[chosen].expand(-1, 3, -1, -1)
-        return tuple(FoundTrigger("wave", target, pattern.clone(), None) for pattern in patterns)
+    def triggers(self, target: int, size: int, settings: InversionSettings) -> tuple[FoundTrigger, FoundTrigger]:
+        """The wave that leads most images to `target`, as it was heard and twice as high: an attacker's may be."""
+        pattern = lattice(size, settings)[self.numbers[self.shares[:, target].argmax()]].expand(3, -1, -1)
+        return FoundTrigger("wave", target, pattern.clone(), None), FoundTrigger("wave", target, 2 * pattern, None)
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> Heard:
