@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.candidates import show_candidates
 from cbpt_guard.cli.show import live, note, one_line, percent, plain, table
 
@@ -20,32 +21,23 @@ _MOST_CLASSES = 12
 
 
 def purify(
-    model: Annotated[Path, typer.Option(help="The suspect: a checkpoint file or an open_clip folder.")],
-    data: Annotated[Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")],
+    model: options.Model,
+    data: options.Data,
     out: Annotated[Path, typer.Option(help="The run directory to make.")] = Path("purified"),
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 lines: folder<TAB>name renames, a line without TAB adds a class."),
-    ] = None,
-    template: Annotated[str, typer.Option(help="The prompt, with {} for the class name.")] = "a photo of a {}.",
-    shots: Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="The recipe's numbers, a TOML file.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw; the same seed gives the same run.")] = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    classes: options.Classes = None,
+    template: options.Template = options.TEMPLATE,
+    shots: options.Shots = None,
+    settings: options.SettingsFile = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
     triggered: Annotated[Path | None, typer.Option(help="A folder of observed attack images.")] = None,
     reuse: Annotated[Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    arch: Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")] = None,
-    quickgelu: Annotated[
-        bool | None, typer.Option(help="Whether the towers use QuickGELU; asked for where the file cannot tell.")
-    ] = None,
-    preprocess: Annotated[
-        str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with the tokenizer's files, for models that bring their own.")
-    ] = None,
+    skip_bad: options.SkipBad = False,
+    arch: options.Arch = None,
+    quickgelu: options.QuickGelu = None,
+    preprocess: options.Preprocess = None,
+    tokenizer: options.Tokenizer = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,

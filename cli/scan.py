@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.candidates import show_candidates
 from cbpt_guard.cli.show import live, note, one_line
 
@@ -16,29 +16,20 @@ if TYPE_CHECKING:
 
 
 def scan(
-    model: Annotated[Path, typer.Option(help="The suspect: a checkpoint file or an open_clip folder.")],
-    data: Annotated[Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")],
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 lines: folder<TAB>name renames, a line without TAB adds a class."),
-    ] = None,
-    template: Annotated[str, typer.Option(help="The prompt, with {} for the class name.")] = "a photo of a {}.",
-    shots: Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="The recipe's numbers, a TOML file.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw; the same seed gives the same scan.")] = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    arch: Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")] = None,
-    quickgelu: Annotated[
-        bool | None, typer.Option(help="Whether the towers use QuickGELU; asked for where the file cannot tell.")
-    ] = None,
-    preprocess: Annotated[
-        str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with the tokenizer's files, for models that bring their own.")
-    ] = None,
+    model: options.Model,
+    data: options.Data,
+    classes: options.Classes = None,
+    template: options.Template = options.TEMPLATE,
+    shots: options.Shots = None,
+    settings: options.SettingsFile = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    skip_bad: options.SkipBad = False,
+    arch: options.Arch = None,
+    quickgelu: options.QuickGelu = None,
+    preprocess: options.Preprocess = None,
+    tokenizer: options.Tokenizer = None,
     fail_on: Annotated[float | None, typer.Option(help="Exit with 1 if the score is as high.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report on stdout.")] = False,
 ) -> None:

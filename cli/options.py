@@ -1,0 +1,33 @@
+"""The options that `purify` and `scan` have in common: what is suspected, and how it is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Option(help="The suspect: a checkpoint file or an open_clip folder.")]
+Data = Annotated[Path, typer.Option(help="Clean images: a folder of class folders, or a CSV (path,label).")]
+Classes = Annotated[
+    Path | None, typer.Option(help="UTF-8 lines: folder<TAB>name renames, a line without TAB adds a class.")
+]
+Template = Annotated[str, typer.Option(help="The prompt, with {} for the class name.")]
+Shots = Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")]
+SettingsFile = Annotated[Path | None, typer.Option("--settings", help="The recipe's numbers, a TOML file.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of every draw; the same seed gives the same result.")]
+Device = Annotated[str, typer.Option(help="Where torch computes.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
+Arch = Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")]
+QuickGelu = Annotated[
+    bool | None,
+    typer.Option(
+        "--quickgelu/--no-quickgelu", help="Whether the towers use QuickGELU; asked for where the file cannot tell."
+    ),
+]
+Preprocess = Annotated[str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="A folder with the tokenizer's files, for models that bring their own.")
+]
+TEMPLATE = "a photo of a {}."
