@@ -1,7 +1,7 @@
-"""Measure the road on the shared models: purify, export, and count through the bundle; write the README's table.
+"""Measure the road on the shared models: purify, export, and count through the bundle; write what README says of it.
 
     python benchmarks/road.py measure --shared ../shared --work WORK [--split test]   appends lines to road.jsonl
-    python benchmarks/road.py table                                                   rewrites the table in README.md
+    python benchmarks/road.py table        rewrites the table in README.md and the times by stage in docs/method.md
 
 `clean` counts on the clean images that were not drawn as shots, for development; `test` is read once, at the end.
 """
@@ -29,7 +29,7 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.triggers import load_trigger
 
 HERE = Path(__file__).parent
-LINES, README = HERE / "road.jsonl", HERE.parent / "README.md"
+LINES, README, METHOD = HERE / "road.jsonl", HERE.parent / "README.md", HERE.parent / "docs" / "method.md"
 SHOTS, SEED = 16, 0
 MODELS = {"suspect-badnet": "suspect.pt", "mobilenet-clip": "."}
 
@@ -148,12 +148,13 @@ def _run(arguments: list[str]) -> tuple[float, int]:
 
 
 def write_table() -> None:
-    """Rewrite the README's table from the last `test` line of each model, or say that there is none."""
+    """Rewrite both tables from the last `test` line of each model, or say that there is none."""
     lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
     last = {line["model"]: line for line in lines if line["split"] == "test"}
     if not last:
         raise SystemExit(f"{LINES.name} holds no line of the test split")
     rewrite(README, {"measured": table(list(last.values()))})
+    rewrite(METHOD, {"stages": stages(list(last.values()))})
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -180,6 +181,15 @@ def table(lines: list[dict[str, Any]]) -> str:
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
     ]
     return "\n".join(rows)
+
+
+def stages(lines: list[dict[str, Any]]) -> str:
+    """Markdown, one row per stage: seconds of each model's purify."""
+    rows = [["seconds", *(line["model"] for line in lines)], ["---"] * (len(lines) + 1)]
+    rows += [[stage, *(f"{line['stages'][stage]:.0f}" for line in lines)] for stage in lines[0]["stages"]]
+    rows.append(["start to end", *(f"{line['purify_seconds']:.0f}" for line in lines)])
+    text = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*text, "", f"{lines[0]['machine']}; from `benchmarks/road.jsonl`."])
 
 
 if __name__ == "__main__":
