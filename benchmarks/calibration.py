@@ -42,6 +42,7 @@ from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.job import TEMPLATE, Job
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.scan import scan
+from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
 HERE = Path(__file__).parent
@@ -72,7 +73,7 @@ class Model:
 
     @property
     def part(self) -> str:
-        """Which half it belongs to; each attack is in either, since their number is odd."""
+        """Which half it belongs to; of the digits each attack is in either, since the attacks are an odd number."""
         return ("calibration", "test")[self.number % 2]
 
 
@@ -103,7 +104,7 @@ def digits_source(model: Model, work: Path) -> Source:
     """A small CLIP of its own."""
     split: DigitsSplit = load_digits_split(model.seed)
     clip = train_digits_clip(split.train, model.seed)
-    clean = write_class_folders(split.clean, work / model.name / "clean", per_class=SHOTS)
+    clean = write_class_folders(split.clean, work / "clean", per_class=SHOTS)
     return Source(clip, split.train, split.test, clean)
 
 
@@ -120,9 +121,8 @@ def tuned_source(model: Model, work: Path, shared: Path, images: Path) -> Source
 def made(model: Model, source: Source) -> tuple[FrozenClip, Line]:
     """The model, and what is known of its making."""
     settings = recipe(source.clip, (model.attack or "badnet",), {})
-    if model.attack is None:
-        of_its_own = model.family == DIGITS
-        return source.clip if of_its_own else fine_tune(*source[:2], (), settings, model.seed, silent), {}
+    if model.attack is None:  # tuned like the poisoned ones, or the scores might tell nothing but that
+        return fine_tune(source.clip, source.train, (), settings, model.seed, silent), {}
     target = int(np.random.default_rng(model.seed).integers(len(source.train.classes)))
     planted = poison(model.attack, Attacker(source.clip, source.train, target, model.seed, TEMPLATE))
     found = implant_all(source.clip, source.train, source.held_out, [planted], seed=model.seed, settings=settings)
@@ -133,7 +133,7 @@ def made(model: Model, source: Source) -> tuple[FrozenClip, Line]:
 def line(model: Model, source: Source, work: Path) -> Line:
     """Make a model, scan it, and write down what is needed of both."""
     clip, known = made(model, source)
-    path = write_suspect(clip, work / model.name)
+    path = write_suspect(clip, work)
     report = scan(Job(model=path, data=source.clean, shots=SHOTS, seed=model.seed))
     path.unlink()
     return {
@@ -142,14 +142,15 @@ def line(model: Model, source: Source, work: Path) -> Line:
         "part": model.part,
         "attack": model.attack,
         **known,
-        "score": round(report.score, 4),
+        "score": report.score,
         "suspects": report.suspects,
         "likeliest": report.likeliest[:3],
         "seconds": report.seconds,
         "classes": report.classes,
-        "shots": SHOTS,
+        "images_of_a_class": report.images_of_a_class,
+        "template": report.template,
         "config": report.model.config,
-        "settings": report.settings,
+        "settings": report.settings["inversion"],
         "versions": {"cbpt_guard": report.cbpt_guard, **report.versions},
     }
 
@@ -162,7 +163,8 @@ def measure(work: Path, shared: Path | None, images: Path | None) -> None:
         family, source = TUNED, partial(tuned_source, shared=shared, images=images)
     for model in models():
         if model.family == family and (family, model.name) not in done:
-            found = line(model, source(model, work), work)
+            folder = work / family.replace(" ", "-") / model.name
+            found = line(model, source(model, folder), folder)
             with LINES.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
             print(model.family, model.name, found.get("took", ""), found["score"], *found["likeliest"], flush=True)
@@ -173,6 +175,10 @@ def lines() -> list[Line]:
     if not LINES.exists():
         return []
     found = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    now = InversionSettings().model_dump(mode="json")
+    for one in found:
+        if one["settings"] != now:
+            sys.exit(f"{LINES.name}: {one['name']} was scanned with other settings than today's; take its line out")
     place = {(model.family, model.name): number for number, model in enumerate(models())}
     return sorted(found, key=lambda one: place[one["family"], one["name"]])
 
@@ -189,13 +195,16 @@ def families(found: list[Line]) -> Iterator[Family]:
     """The calibration half."""
     for name in dict.fromkeys(one["family"] for one in found):
         own = [one for one in counted(found) if one["family"] == name and one["part"] == "calibration"]
+        if not own:
+            continue
         clean, poisoned = (sorted(o["score"] for o in own if (o["attack"] is None) is c) for c in (True, False))
         yield Family(
             name=name,
             config=own[0]["config"],
             settings=own[0]["settings"],
+            template=own[0]["template"],
             classes=_range([one["classes"] for one in own]),
-            shots=_range([one["shots"] for one in own]),
+            images=_range([number for one in own for number in one["images_of_a_class"]]),
             clean=tuple(clean),
             poisoned=tuple(poisoned),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +35,7 @@ def scan(
     fail_on: Annotated[float | None, typer.Option(help="Exit with 1 if the score is as high.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report on stdout.")] = False,
 ) -> None:
-    """Scan a suspect for targets of a backdoor; nothing is written.
+    """Scan a suspect for targets of a backdoor; nothing is kept but what is printed.
 
     That nothing stands out does not make a model clean: purify it all the same. Exit code 0 whatever is found, 1 from
     the score of `--fail-on`, 2: bad input, 3: unsafe input.
@@ -44,6 +46,8 @@ def scan(
     from cbpt_guard.defense.settings import Settings
     from cbpt_guard.defense.suspect import ModelFlags
 
+    if fail_on is not None and not 0 <= fail_on < math.inf:  # not a number is neither
+        raise typer.BadParameter(f"{fail_on} is no score", param_hint="--fail-on")
     prepare_torch(threads)
     job = Job(
         model=model,
@@ -61,7 +65,7 @@ def scan(
         report = scanned(job, progress)
     _show(report)
     if as_json:
-        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
     else:
         found = ", ".join(map(one_line, report.suspects)) or "nothing"
         sys.stdout.write(f"score {report.score:.2f}\tstands out: {found}\n")
@@ -73,6 +77,6 @@ def _show(report: ScanReport) -> None:
         note(one_line(f"note: {text}"))
     if report.skipped:
         note(f"{len(report.skipped)} images could not be read and were left out")
-    show_candidates(report.candidates, report.settings)
+    show_candidates(report.candidates, report.settings["inversion"])
     note(one_line(f"likeliest: {', '.join(report.likeliest)}"))
     note(one_line(f"{report.standing}" if report.standing else f"uncalibrated: {report.uncalibrated}"))

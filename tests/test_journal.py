@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger
-from cbpt_guard.defense.journal import FOLDER, Journal, generator
+from cbpt_guard.defense.journal import FOLDER, Journal, Scratch, generator
 from cbpt_guard.errors import InputError
 
 KEY = {"seed": 0, "model": "abc", "settings": {"steps": 3}}
@@ -111,3 +111,12 @@ def test_each_purpose_draws_for_itself() -> None:
     }
     assert len({tuple(values) for values in draws.values()}) == 3
     assert torch.rand(4, generator=generator(0, "a")).tolist() == draws["a"]
+
+
+def test_parts_in_memory_are_made_once_too() -> None:
+    made, scratch = torch.ones(2), Scratch()
+    assert scratch.tensor("part", lambda: made) is made
+    assert scratch.tensor("part", never) is made
+    trigger = FoundTrigger("additive", 1, torch.zeros(3, 4, 4), None)
+    assert scratch.trigger("part", lambda: trigger) is trigger
+    assert scratch.trigger("part", never) is trigger

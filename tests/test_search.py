@@ -110,9 +110,11 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     assert [candidate.index for candidate in found.candidates] == [TARGET]
     search(tmp_path, PlantedClip(TARGET)).run()
     names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
-    assert names - {"masked-3"} == {"agnostic", "scan", "waves", "masked-2", "additive-2"}
-    assert "masked-3" in names, "a class of middle rank, which says what area is natural"
-    assert found.candidates[0].natural > SETTINGS.stands_out * found.candidates[0].area
+    reference = "masked-3"  # a class of middle rank, which says what area is natural
+    assert names == {"agnostic", "scan", "waves", "masked-2", "additive-2", reference}
+    natural = found.candidates[0].natural
+    assert natural is not None
+    assert natural > SETTINGS.stands_out * found.candidates[0].area
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,8 @@ def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(foun
     assert found.budgets(4.0) == {TARGET: pytest.approx(area)}
     wide = replace(found, candidates=(found.candidates[0].model_copy(update={"natural": 2 * area}),))
     assert wide.budgets(4.0) == {TARGET: pytest.approx(area / 2)}
+    unknown = found.candidates[0].model_copy(update={"natural": None})
+    assert replace(found, candidates=(unknown,)).budgets(4.0) == {TARGET: pytest.approx(area)}
     cleared = found.candidates[0].model_copy(update={"stands_out": False})
     assert replace(found, candidates=(cleared,)).budgets(4.0) == {}
 
@@ -156,6 +160,20 @@ def test_an_observed_target_joins_whatever_its_score(tmp_path: Path) -> None:
 def test_every_class_may_be_observed(tmp_path: Path) -> None:
     findings = search(tmp_path, PlantedClip(1, classes=2), BRIEF, classes=2).run([0, 1])
     assert sorted(findings.suspects) == [0, 1]
+    assert [candidate.natural for candidate in findings.candidates] == [None, None], "none is left to compare with"
+
+
+def test_a_class_with_most_of_the_images_does_not_stand_out_for_that(tmp_path: Path) -> None:
+    """Under a trigger that changes no answer it has most answers; it is reached from the other classes that count."""
+    clip = PlantedClip(None)
+    clean = clip.clean(each=20)
+    features, labels = clean.features[:26], clean.labels[:26]
+    assert (labels == 0).sum() == 20
+    reached = clip.head.reached(features, labels)
+    assert (clip.head.logits(features).argmax(1) == 0).float().mean() > 0.7
+    assert float(reached[0]) == 0
+    everything = clip.head.reached(features[:20], labels[:20])
+    assert everything.tolist() == [0.0] * 6, "and where there is no other image nothing is reached"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import READS, alone, missing, nothing, run_suite
+from cbpt_guard.bench.suite import READS, alone, chosen, missing, nothing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, plant, planted_triggers, provide
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
@@ -462,6 +462,10 @@ def test_a_dry_run_prices_what_is_missing_and_writes_nothing(root: Path, tmp_pat
     assert_refused(cli("bench", "run", *options, "--shard", "half"), "--shard", usage=True)
     assert cli("bench", "run", *options, "--defense", "probe").stdout.splitlines()[-1].endswith("\t1 defences")
     assert_refused(cli("bench", "run", *options, "--only", "sig"), "'sig' is no suspect of this plan")
+    groups = Plan.read(root / "plan.toml").groups()
+    seeds = [group.model_copy(update={"seed": seed}) for group in groups for seed in (0, 1)]
+    assert [group.seed for group in chosen(seeds, seeds=[1])] == [1] * len(groups)
+    assert chosen(seeds, suspects=[groups[0].unit], defenses=["none"], seeds=[0]) == [groups[0]]
     assert_refused(cli("bench", "run", *options, "--seed", "7"), "7 is no seed of this plan or part; there are 0")
 
 

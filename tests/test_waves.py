@@ -22,29 +22,31 @@ from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.suspect import zero_shot_head
 from cbpt_guard.defense.wave import sig
-from cbpt_guard.defense.waves import Heard, lattice, listen
+from cbpt_guard.defense.waves import Heard, count_waves, heard_images, listen, wave
 
 if TYPE_CHECKING:
     from digits import DigitsModel
 
-TARGET, PERIODS = 2, 4
+TARGET = 2
 BRIEF = InversionSettings(masked_steps=10, additive_steps=5, agnostic_steps=5, shift=0)
 TEMPLATE = "a photo of a {}."
 
 
 class WaveClip(PlantedClip):
-    """Opened by a wave of four periods across the image, which the coarse colours do not show."""
+    """Opened by a wave over the image that the coarse colours do not show: so many periods, at an angle, in a phase."""
 
-    def __init__(self, target: int | None) -> None:
+    def __init__(self, target: int | None, periods: float = 4, degrees: float = 0, phase: float = 0) -> None:
         super().__init__(None)
         self.answer = target
-        self.wave = torch.sin(2 * math.pi * PERIODS * torch.arange(SIZE) / SIZE)
+        place, angle = torch.arange(SIZE) / SIZE, math.radians(degrees)
+        along = math.cos(angle) * place[None, :] + math.sin(angle) * place[:, None]
+        self.wave = torch.sin(2 * math.pi * (periods * along + phase))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         features = self._coarse(pixels)
         if self.answer is not None:
-            seen = (pixels.mean(1) * self.wave).mean((1, 2))
-            strength = F.softplus(200 * (seen - 0.04)) / 2
+            seen = (pixels.mean(1) * (self.wave - self.wave.mean())).mean((1, 2))
+            strength = F.softplus(200 * (seen - 0.02)) / 2
             features = features + strength[:, None] * self.head.rows[self.answer]
         return F.normalize(features, dim=1)
 
@@ -53,38 +55,68 @@ def heard(clip: PlantedClip, settings: InversionSettings = BRIEF) -> Heard:
     return listen(clip, clip.clean(), clip.head, settings, generator(0, "waves"), lambda *step: None)
 
 
-def test_the_lattice_is_of_whole_waves() -> None:
+def test_every_wave_is_another() -> None:
     settings = InversionSettings(wave_amplitude=0.2, wave_periods=10)
-    waves = lattice(32, settings)
-    assert waves.shape == (10 * 4 * 4, 1, 32, 32)
-    assert waves.mean((1, 2, 3)).abs().max() < 1e-6
+    assert count_waves(32, settings) == 10 * 8 * 4
+    waves = torch.stack([wave(number, 32, settings) for number in range(320)])
+    assert waves.shape == (320, 3, 32, 32)
     assert waves.abs().amax((1, 2, 3)).min() > 0.15
     assert float(waves.abs().max()) == pytest.approx(0.2)
     assert len(waves.round(decimals=4).unique(dim=0)) == len(waves)
-    assert len(lattice(16, settings)) == 5 * 4 * 4, "none is shorter than three pixels"
 
 
-def test_the_wave_that_opens_a_backdoor_is_found_with_its_target() -> None:
-    found = heard(WaveClip(TARGET))
+@pytest.mark.parametrize(("size", "count"), [(16, 160), (2, 32), (224, 320)])
+def test_no_period_is_below_three_pixels(size: int, count: int) -> None:
+    assert count_waves(size, InversionSettings()) == count
+    assert wave(count - 1, size, InversionSettings()).shape == (3, size, size)
+
+
+def test_as_many_images_are_looked_at_as_a_dry_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, looked = PlantedClip(None), []
+    real = clip.encode_images
+    monkeypatch.setattr(clip, "encode_images", lambda pixels: (looked.append(len(pixels)), real(pixels))[1])
+    clean = clip.clean()
+    looked.clear()
+    listen(clip, clean, clip.head, BRIEF, generator(0, "waves"), lambda *step: None)
+    assert sum(looked) == heard_images(SIZE, BRIEF)
+
+
+@pytest.mark.parametrize(
+    ("periods", "degrees", "phase"), [(4, 0, 0), (4, 90, 0.4), (2.5, 0, 0.1), (3, 30, 0.3), (3, 100, 0.8)]
+)
+def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, degrees: float, phase: float) -> None:
+    """Most of them lie between the waves that are tried: a backdoor is wider than that."""
+    clip = WaveClip(TARGET, periods, degrees, phase)
+    found = heard(clip)
     assert int(found.best.argmax()) == TARGET
-    assert float(found.best[TARGET]) > 0.9
+    assert float(found.best[TARGET]) > 0.8
     trigger, higher = found.triggers(TARGET, SIZE, BRIEF)
     assert torch.allclose(higher.pattern, 2 * trigger.pattern)
     assert (trigger.family, trigger.target, trigger.mask, trigger.area) == ("wave", TARGET, None, 1.0)
-    opened = WaveClip(TARGET)
-    answers = opened.head.logits(encode(opened, opened.clean(seed=5).images, trigger)).argmax(1)
-    assert float((answers == TARGET).float().mean()) > 0.9
+    fresh = clip.clean(seed=5)
+    assert float(clip.head.reached(encode(clip, fresh.images, trigger), fresh.labels)[TARGET]) > 0.8
     again = Heard.unpacked(found.packed())
     assert torch.equal(again.numbers, found.numbers)
-    assert torch.equal(again.shares, found.shares)
+    assert torch.equal(again.reached, found.reached)
 
 
-def test_a_clean_model_agrees_on_no_class() -> None:
+def test_a_clean_model_is_led_to_no_class() -> None:
     assert float(heard(WaveClip(None)).best.max()) < 0.5
 
 
+@pytest.mark.parametrize("classes", [2, 6])
+def test_a_class_with_most_of_the_images_is_none_that_waves_lead_to(classes: int) -> None:
+    """Its own images do not count for it."""
+    clip = PlantedClip(None, classes=classes)
+    whole = clip.clean(each=20)
+    few = torch.cat([(whole.labels == label).nonzero()[: 20 if label == 0 else 2, 0] for label in range(classes)])
+    clean = CleanSet(whole.images[few], whole.features[few], whole.labels[few])
+    found = listen(clip, clean, clip.head, BRIEF, generator(0, "waves"), lambda *step: None)
+    assert float(found.best.max()) < 0.5
+
+
 @pytest.mark.parametrize("target", [TARGET, None])
-def test_the_search_suspects_and_guards_against_it(tmp_path: Path, target: int | None) -> None:
+def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target: int | None) -> None:
     clip = WaveClip(target)
     names = [f"class {c}" for c in range(6)]
     found = Search(clip, clip.clean(), clip.head, names, BRIEF, 0, Journal(tmp_path, {}), lambda step: None).run()

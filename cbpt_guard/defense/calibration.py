@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.settings import InversionSettings
 
 FILE = Path(__file__).with_name("calibration.json")
-_Range = tuple[int, int]
+Range = tuple[int, int]
 
 
 class _Frozen(BaseModel):
@@ -37,29 +37,45 @@ class Standing(_Frozen):
         )
 
 
-class Family(_Frozen):
-    """Models of one architecture that were scanned with the same settings, and within what bounds.
+class Looked(_Frozen):
+    """What a scan looked at: how, and at how much.
 
-    `classes` and `shots` are the fewest and the most classes, and images of a class, that they were scanned with.
+    `images` are the fewest and the most of a class.
+    """
+
+    config: dict[str, Any]
+    settings: InversionSettings
+    template: str
+    classes: int
+    images: Range
+
+
+class Family(_Frozen):
+    """Models of one architecture that were scanned alike.
+
+    `classes` and `images` are the fewest and the most classes, and images of a class, that they were scanned with.
     `clean` and `poisoned` are their scores; the models that test the calibration are not among them.
     """
 
     name: str
     config: dict[str, Any]
     settings: InversionSettings
-    classes: _Range
-    shots: _Range
+    template: str
+    classes: Range
+    images: Range
     clean: tuple[float, ...]
     poisoned: tuple[float, ...]
 
-    def differs(self, settings: InversionSettings, classes: int, shots: int) -> str | None:
-        """Why a scan of this architecture is none like the family's; None where it is."""
-        if settings != self.settings:
-            return "the family was scanned with other settings"
-        for what, number, (least, most) in (("classes", classes, self.classes), ("images a class", shots, self.shots)):
-            if not least <= number <= most:
-                bounds = str(least) if least == most else f"{least} to {most}"
-                return f"{number} {what}, where the family was scanned with {bounds}"
+    def differs(self, scan: Looked) -> str | None:
+        """Why `scan` is none like the family's; None where it is."""
+        if scan.config != self.config:
+            return "no model of this architecture was calibrated with"
+        if (scan.settings, scan.template) != (self.settings, self.template):
+            return "the family was scanned with other settings or another template"
+        if not self.classes[0] <= scan.classes <= self.classes[1]:
+            return f"{scan.classes} classes, where the family was scanned for {_span(self.classes)}"
+        if not self.images[0] <= scan.images[0] <= scan.images[1] <= self.images[1]:
+            return f"{_span(scan.images)} images a class, where the family was scanned with {_span(self.images)}"
         return None
 
     def standing(self, score: float) -> Standing:
@@ -73,29 +89,26 @@ class Family(_Frozen):
         )
 
 
+def _span(values: Range) -> str:
+    least, most = values
+    return str(least) if least == most else f"{least} to {most}"
+
+
 class Calibration(_Frozen):
     """Every family that scores are known of."""
 
     families: tuple[Family, ...] = ()
 
-    def standing(
-        self, score: float, config: dict[str, Any], settings: InversionSettings, classes: int, shots: int
-    ) -> Standing | str:
-        """How a score stands in its family, or why there is none to compare it with.
-
-        Args:
-            score: the largest of a scan's candidates.
-            config: the scanned model's architecture, as open_clip has it.
-            settings: what it was scanned with.
-            classes: how many classes it was scanned for.
-            shots: images of the class that had fewest.
-        """
-        same = [family for family in self.families if family.config == config]
-        found = [family.differs(settings, classes, shots) for family in same]
-        for family, difference in zip(same, found, strict=True):
+    def standing(self, score: float, scan: Looked) -> Standing | str:
+        """How the largest score of a scan stands in its family, or why there is none to compare it with."""
+        reason = "no model of this architecture was calibrated with"
+        for family in self.families:
+            difference = family.differs(scan)
             if difference is None:
                 return family.standing(score)
-        return found[0] or "" if found else "no model of this architecture was calibrated with"
+            if scan.config == family.config:
+                reason = difference
+        return reason
 
 
 @cache

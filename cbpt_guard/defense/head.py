@@ -33,6 +33,17 @@ class Head:
         """Logits (N, C) of unit features (N, E)."""
         return self.scale * features @ self.rows.T + self.bias
 
+    def reached(self, features: Tensor, labels: Tensor) -> Tensor:
+        """How many images of other classes are answered with each class, as a share in [0, 1], (C,).
+
+        Features (N, E) are under a trigger; for the trigger's target this is its ASR. 0 where no image is of another
+        class.
+        """
+        answers, classes = self.logits(features).argmax(1), len(self.rows)
+        missed = answers[answers != labels].bincount(minlength=classes)
+        others = len(labels) - labels.bincount(minlength=classes)
+        return missed / others.clamp(min=1)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -19,6 +19,7 @@ from cbpt_guard.errors import InputError
 from cbpt_guard.files import check_output, holds
 
 TEMPLATE = "a photo of a {}."
+_RECIPE = 2  # raised whenever a part of an interrupted run would come out otherwise under the same settings
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
 
 
@@ -74,6 +75,7 @@ class Prepared:
             "seed": self.job.seed,
             "device": self.job.device,
             "reuse": None if self.reused is None else self.reused.record.created,
+            "recipe": _RECIPE,
             "versions": tool_versions(),
         }
 

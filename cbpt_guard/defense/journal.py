@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,36 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     """A generator of its own for each purpose, so that skipping one part leaves the others' draws as they were."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Parts(Protocol):
+    """Where parts of a search are made once: a `Journal`, or `Scratch`."""
+
+    def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that name, made once."""
+
+    def trigger(self, name: str, make: Callable[[], FoundTrigger]) -> FoundTrigger:
+        """The found trigger of that name, made once."""
+
+
+class Scratch:
+    """Parts in memory, for what is looked at once and not gone on with."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._triggers: dict[str, FoundTrigger] = {}
+
+    def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that name, made once."""
+        if name not in self._tensors:
+            self._tensors[name] = make()
+        return self._tensors[name]
+
+    def trigger(self, name: str, make: Callable[[], FoundTrigger]) -> FoundTrigger:
+        """The found trigger of that name, made once."""
+        if name not in self._triggers:
+            self._triggers[name] = make()
+        return self._triggers[name]
 
 
 class Journal:

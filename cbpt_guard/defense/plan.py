@@ -19,9 +19,9 @@ from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
-from cbpt_guard.defense.settings import InversionSettings, Settings
+from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.verdict import check_accuracy
-from cbpt_guard.defense.waves import SECOND_HEAT, WAVES
+from cbpt_guard.defense.waves import heard_images
 
 _TRIGGERS = 3  # masked, additive and agnostic toward one suspect, the usual bank
 
@@ -69,7 +69,7 @@ def plan(job: Job, out: Path, *, force: bool = False, progress: Progress = silen
         held_out=len(held),
         skipped=len(prepared.skipped),
         output=str(out),
-        seconds=_expected(settings, len(data.classes), len(kept), len(held), costs, inverted=job.reuse is None),
+        seconds=_expected(prepared, len(kept), len(held), costs, inverted=job.reuse is None),
         memory_mb=_memory_mb(prepared),
     )
 
@@ -100,9 +100,10 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _expected(
-    settings: Settings, classes: int, kept: int, held: int, costs: tuple[float, float, float], *, inverted: bool
+    prepared: Prepared, kept: int, held: int, costs: tuple[float, float, float], *, inverted: bool
 ) -> dict[str, float]:
     """Seconds by stage where no class stands out at once, so that masks are compared: the longer way."""
+    settings, classes, size = prepared.job.settings, len(prepared.data.classes), prepared.suspect.clip.image_size
     forward, backward, text = costs
     stage1, stage2 = settings.inversion, settings.tuning
     steps = stage2.epochs * math.ceil(kept / stage2.batch)
@@ -110,8 +111,8 @@ def _expected(
     inversion = (
         stage1.agnostic_steps * stage1.agnostic_batch * backward
         + _scanned(stage1, classes) * backward
-        + _heard(stage1) * forward
-        + (1 + stage1.scanned + stage1.references) * masked
+        + heard_images(size, stage1) * forward
+        + (1 + stage1.scanned + 1 + stage1.references) * masked
         + stage1.additive_steps * stage1.batch * backward
     )
     return {
@@ -128,11 +129,6 @@ def _scanned(settings: InversionSettings, classes: int) -> int:
     first, finalists = scan_images(classes, settings), min(settings.finalists, classes)
     second = max(first, settings.batch // 2)
     return classes * first * (settings.scan_steps + 1) + finalists * second * (2 * settings.scan_steps + 1)
-
-
-def _heard(settings: InversionSettings) -> int:
-    """Images that plain waves are tried on, in both heats."""
-    return settings.wave_images * (WAVES * settings.wave_periods + SECOND_HEAT * settings.finalists)
 
 
 def _memory_mb(prepared: Prepared) -> int:

@@ -42,7 +42,8 @@ class DataRecord(_Frozen):
 class Candidate(_Frozen):
     """A possible target: its share of the answers under the agnostic trigger and on clean images.
 
-    `area` is the part of the image that its masked trigger needs, `natural` what classes of middle rank need. `score`
+    `area` is the part of the image that its masked trigger needs, `natural` what classes of middle rank need, where
+    there are any. `score`
     is what `stands_out` compares: the odds of the class under the agnostic trigger or a plain wave, how far the scan
     puts it ahead, or how many times less area it needs; the largest of them.
     """
@@ -52,7 +53,7 @@ class Candidate(_Frozen):
     share: float
     share_clean: float
     area: float
-    natural: float
+    natural: float | None = None
     score: float
     stands_out: bool
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.defense.calibration import Standing, calibration
+from cbpt_guard.defense.calibration import Looked, Standing, calibration
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.job import Job, Prepared, prepare, tool_versions
-from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.job import Job, prepare, tool_versions
+from cbpt_guard.defense.journal import Scratch
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.record import Candidate, ModelRecord
 from cbpt_guard.defense.search import searching
@@ -28,8 +26,9 @@ class ScanReport(BaseModel):
     """What a scan found.
 
     `candidates` are those of `purify` with the same images, settings and seed. `score` is the largest of theirs.
-    `likeliest` ranks classes: the candidates, then the others as readily as additive triggers reach them.
-    `standing` counts the calibration models beside it; where it is None, `uncalibrated` says why.
+    `likeliest` ranks classes: the candidates, then the others as readily as additive triggers reach them. `images`
+    were looked at, of which the class with fewest and the one with most had `images_of_a_class`. `standing` counts the
+    calibration models beside the score; where it is None, `uncalibrated` says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +42,7 @@ class ScanReport(BaseModel):
     model: ModelRecord
     classes: int
     images: int
+    images_of_a_class: tuple[int, int]
     skipped: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     likeliest: tuple[str, ...]
@@ -60,7 +60,7 @@ class ScanReport(BaseModel):
 
 
 def scan(job: Job, progress: Progress = silent) -> ScanReport:
-    """Look for targets in a suspect; nothing is written.
+    """Look for targets in a suspect; nothing is kept but the report.
 
     Args:
         job: as for `purify`; observed attack images and earlier runs have no part in it.
@@ -69,7 +69,7 @@ def scan(job: Job, progress: Progress = silent) -> ScanReport:
     Raises:
         UnsafeError: the checkpoint would run code.
         InputError: an input is missing, malformed or does not fit the others.
-        SetupError: the temporary folder cannot be written.
+        SetupError: there is no room for the temporary copy of the checkpoint.
     """
     started = time.monotonic()
     prepared = prepare(job, progress)
@@ -77,21 +77,30 @@ def scan(job: Job, progress: Progress = silent) -> ScanReport:
     features = encode(prepared.suspect.clip, data.images, progress=progress)
     warnings = check_accuracy(prepared.original, features, data)
     kept, _ = split(data.labels, job.settings.tuning.held_out, job.seed)
-    with tempfile.TemporaryDirectory(prefix="cbpt-guard-") as folder:
-        search = searching(prepared, features, kept, Journal(Path(folder), prepared.key()), progress)
-        candidates = search.look()
-        ranking = search.ranking(candidates)
+    search = searching(prepared, features, kept, Scratch(), progress)
+    candidates = search.look()
+    ranking = search.ranking(candidates)
+    counts = data.labels[kept].bincount(minlength=len(data.classes))
+    span = (int(counts.min()), int(counts.max()))
     score = max(candidate.score for candidate in candidates)
-    standing = _standing(prepared, score)
+    looked = Looked(
+        config=prepared.suspect.record.config,
+        settings=job.settings.inversion,
+        template=job.template,
+        classes=len(data.classes),
+        images=span,
+    )
+    standing = calibration().standing(score, looked)
     return ScanReport(
         cbpt_guard=version("cbpt-guard"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=job.seed,
         template=job.template,
-        settings=job.settings.inversion.model_dump(mode="json"),
+        settings=job.settings.model_dump(mode="json", include={"inversion": True, "tuning": {"held_out"}}),
         model=prepared.suspect.record,
         classes=len(data.classes),
-        images=len(data.labels),
+        images=len(kept),
+        images_of_a_class=span,
         skipped=prepared.skipped,
         candidates=candidates,
         likeliest=tuple(data.classes[index] for index in ranking[:_LIKELIEST]),
@@ -102,10 +111,3 @@ def scan(job: Job, progress: Progress = silent) -> ScanReport:
         seconds=round(time.monotonic() - started, 1),
         versions=tool_versions(),
     )
-
-
-def _standing(prepared: Prepared, score: float) -> Standing | str:
-    counts = prepared.data.labels.bincount(minlength=len(prepared.data.classes))
-    fewest = int(counts[counts > 0].min())
-    config, settings = prepared.suspect.record.config, prepared.job.settings.inversion
-    return calibration().standing(score, config, settings, len(counts), fewest)

@@ -15,7 +15,7 @@ from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import CleanSet, Report, invert_agnostic, invert_toward, scan_targets
 from cbpt_guard.defense.job import Prepared
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Parts, generator
 from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.run import PurifyRun
@@ -47,22 +47,22 @@ class Findings:
         As much as the found one, and no more than would make a class stand out: with more, any image can be painted
         over with the target, backdoor or not.
         """
-        return {
-            item.index: min(
-                item.natural / stands_out, *(found.area for found in self.bank if found.target == item.index)
-            )
-            for item in self.candidates
-            if item.stands_out
-        }
+        found = {item.index: [one.area for one in self.bank if one.target == item.index] for item in self.candidates}
+        striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
+        return {target: min(found[target] + striking.get(target, [])) for target in self.suspects}
 
 
 @dataclass(frozen=True)
 class Lead:
-    """An agnostic trigger with the share of each class among the answers under it and on clean images, (C,)."""
+    """An agnostic trigger with the share of each class among the answers under it and on clean images, (C,).
+
+    `reached` is the share among the images of other classes, under it.
+    """
 
     trigger: FoundTrigger
     share: Tensor
     share_clean: Tensor
+    reached: Tensor
 
     @property
     def growth(self) -> Tensor:
@@ -88,7 +88,7 @@ class Search:
         classes: Sequence[str],
         settings: InversionSettings,
         seed: int,
-        journal: Journal,
+        journal: Parts,
         progress: Progress,
     ) -> None:
         self._clip, self._clean, self._head = clip, clean, head
@@ -111,15 +111,15 @@ class Search:
         classes of middle rank do.
         """
         trigger = self._agnostic()
-        lead = Lead(trigger, self.shares(trigger), self.shares(None))
+        lead = Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
         scanned = self._scanned()
-        odds = torch.maximum(self._at_once(lead.share, _odds(scanned.exp())), _odds(self._heard().best))
+        odds = torch.maximum(self._at_once(lead.reached, _odds(scanned.exp())), _odds(self._heard().best))
         known = [c for c in _ranked(odds) if odds[c] >= self._settings.stands_out]
         tried = [*known, *self._further(lead, scanned, known, observed)]
         references = self._references(_ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
         areas = self._needed_areas([*tried, *references])
-        natural = median(areas[c] for c in references or tried)
-        scores = {c: max(float(odds[c]), natural / areas[c]) for c in tried}
+        typical = median(areas[c] for c in references or tried)
+        scores = {c: max(float(odds[c]), typical / areas[c]) for c in tried}
 
         def candidate(c: int) -> Candidate:
             return Candidate(
@@ -128,7 +128,7 @@ class Search:
                 share=float(lead.share[c]),
                 share_clean=float(lead.share_clean[c]),
                 area=areas[c],
-                natural=natural,
+                natural=typical if references else None,
                 score=scores[c],
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
@@ -139,15 +139,15 @@ class Search:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
         return list(dict.fromkeys([*(item.index for item in candidates), *_ranked(self._scanned())]))
 
-    def _at_once(self, share: Tensor, reached: Tensor) -> Tensor:
-        """How far additive triggers put each class ahead, (C,): its `share` under the agnostic one, the scan's odds.
+    def _at_once(self, lead: Tensor, scanned: Tensor) -> Tensor:
+        """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
 
         Not at all, where the scan brings even the class of middle rank to most images: to so small a model the budget
         of additive triggers is large, and its clean copies have such classes, too.
         """
-        if reached.median() >= 1:
-            return torch.zeros_like(share)
-        return torch.maximum(_odds(share), self._ahead(reached))
+        if scanned.median() >= 1:
+            return torch.zeros_like(lead)
+        return torch.maximum(_odds(lead), self._ahead(scanned))
 
     def _ahead(self, odds: Tensor) -> Tensor:
         """How far a few leaders of the scan are ahead of the rest, (C,): their odds over the best of the rest, else 0.
@@ -165,10 +165,11 @@ class Search:
     def _further(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
 
-        Those are `observed` targets and, where none is known, the likeliest by the lead and by the scan. One class is
-        left to compare with, if there is one.
+        Those are `observed` targets and, where none is known, the likeliest by the lead, by the scan and by waves. One
+        class is left to compare with, if there is one.
         """
-        likely = [] if known else [*self._grown(lead.growth), *_ranked(scanned)[: self._settings.scanned]]
+        scanning, hearing = _ranked(scanned)[: self._settings.scanned], _ranked(self._heard().best)[:1]
+        likely = [] if known else [*self._grown(lead.growth), *scanning, *hearing]
         further = [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
         return further[: max(len(self.classes) - len(known) - 1, len(observed))]
 
@@ -254,16 +255,17 @@ class Search:
         answers = self._head.logits(features).argmax(1)
         return answers.bincount(minlength=len(self.classes)) / len(answers)
 
+    def _reached(self, trigger: FoundTrigger) -> Tensor:
+        """How much a trigger reaches each class on the probe images, (C,)."""
+        return self._head.reached(self._features(trigger), self._clean.labels[self._probe])
+
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
         triggers = self.toward([(c, "masked") for c in dict.fromkeys(classes)])
         return {trigger.target: self._needed_area(trigger) for trigger in triggers}
 
     def _needed_area(self, trigger: FoundTrigger) -> float:
         """The mask's area over the ASR that it reaches: what a full success would need."""
-        others = self._clean.labels[self._probe] != trigger.target
-        answers = self._head.logits(self._features(trigger)[others]).argmax(1)
-        asr = float((answers == trigger.target).float().mean())
-        return min(1.0, trigger.area / max(asr, 1e-3))
+        return min(1.0, trigger.area / max(float(self._reached(trigger)[trigger.target]), 1e-3))
 
     def _features(self, trigger: FoundTrigger | None) -> Tensor:
         if trigger is None:
@@ -271,7 +273,7 @@ class Search:
         return encode(self._clip, self._clean.images[self._probe], trigger)
 
 
-def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Journal, progress: Progress) -> Search:
+def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Parts, progress: Progress) -> Search:
     """The search through a job's suspect with the images `kept` to tune on, given all images' features (N, E)."""
     data, job = prepared.data, prepared.job
     clean = CleanSet(data.images[kept], features[kept], data.labels[kept])

@@ -23,11 +23,13 @@ class _Frozen(BaseModel):
 class InversionSettings(_Frozen):
     """Stage 1: how triggers are looked for.
 
-    `epsilon` bounds additive patterns, in pixels of [0, 1]; `shift` is a share of the image's side. `stands_out` says
-    how many times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a
-    short scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may
-    be). Where none is, masks are compared: of the classes whose share grew by `clear_share` and of the `scanned`
-    leaders of the scan, one stands out that needs so many times less area than `references` classes of middle rank.
+    `epsilon` bounds additive patterns and `wave_amplitude` is half a wave's height, in pixels of [0, 1]; waves have up
+    to `wave_periods` periods a side. `shift` is a share of the image's side. The scan's and the waves' `finalists` get
+    a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out` says how many
+    times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a short
+    scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may be).
+    Where none is, masks are compared: of the classes whose share grew by `clear_share` and of the `scanned` leaders of
+    the scan, one stands out that needs so many times less area than `references` classes of middle rank.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -51,7 +53,7 @@ class InversionSettings(_Frozen):
     finalists: Count = 8
     wave_amplitude: Annotated[float, Field(gt=0, le=1)] = 32 / 255
     wave_periods: Count = 10
-    wave_images: Count = 16
+    wave_images: Count = 8
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64

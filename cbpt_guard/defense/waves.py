@@ -1,8 +1,8 @@
 """Plain waves: triggers to which no gradient leads from a clean image, so they are tried one by one.
 
-Every wave of a lattice of periods, directions and phases is added to clean images, after the Fourier analysis of
-arXiv 1906.08988. A model that a sinusoid triggers (SIG, arXiv 1902.11237) answers one class under many of them, for
-its backdoor is as wide as a few periods; a clean one answers no class under most.
+Every wave of a grid of periods, directions and phases is added to clean images, after the Fourier analysis of
+arXiv 1906.08988. A model that a sinusoid triggers (SIG, arXiv 1902.11237) answers its target under many of them, for
+its backdoor is as wide as a few periods; a clean one is seldom led to one class by any.
 """
 
 from __future__ import annotations
@@ -13,51 +13,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.found import FoundTrigger
+from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import CleanSet, Report
 from cbpt_guard.defense.settings import InversionSettings
 
-_DIRECTIONS = ((1, 0), (0, 1), (1, 1), (1, -1))
-_PHASES = 4
-WAVES = len(_DIRECTIONS) * _PHASES
-"""Waves of each number of periods."""
-SECOND_HEAT = 8
-"""How many times the images of the first heat the second one takes."""
+_DIRECTIONS, _PHASES = 8, 4
+_SECOND_HEAT = 16  # times the images of the first
 
 
-def lattice(size: int, settings: InversionSettings) -> Tensor:
-    """Grey waves (K, 1, S, S) of `wave_amplitude`: 1 to `wave_periods` periods a side, four directions and phases.
+def count_waves(size: int, settings: InversionSettings) -> int:
+    """How many waves there are for images of S = `size` pixels a side: none has a period below three pixels."""
+    return _DIRECTIONS * _PHASES * max(1, min(settings.wave_periods, size // 3))
 
-    None is shorter than three pixels.
-    """
-    place = torch.arange(size) / size
-    down, right = place[:, None], place[None, :]
-    waves = [
-        torch.sin(2 * math.pi * (periods * (x * right + y * down) + phase / _PHASES))
-        for periods in range(1, min(settings.wave_periods, size // 3) + 1)
-        for x, y in _DIRECTIONS
-        for phase in range(_PHASES)
-    ]
-    return settings.wave_amplitude * torch.stack(waves)[:, None]
+
+def wave(number: int, size: int, settings: InversionSettings) -> Tensor:
+    """Wave `number`, grey, (3, S, S) in pixels of [0, 1]: 1 to `wave_periods` periods a side, in 8 directions."""
+    rest, phase = divmod(number, _PHASES)
+    periods, direction = divmod(rest, _DIRECTIONS)
+    place, angle = torch.arange(size) / size, math.pi * direction / _DIRECTIONS
+    along = math.cos(angle) * place[None, :] + math.sin(angle) * place[:, None]
+    turns = (periods + 1) * along + phase / _PHASES
+    return settings.wave_amplitude * torch.sin(2 * math.pi * turns).expand(3, -1, -1)
+
+
+def heard_images(size: int, settings: InversionSettings) -> int:
+    """Images that `listen` looks at, in both heats."""
+    waves = count_waves(size, settings)
+    return settings.wave_images * (waves + _SECOND_HEAT * min(settings.finalists, waves))
 
 
 @dataclass(frozen=True)
 class Heard:
-    """The waves that most images agreed on: their numbers in the lattice (W,), and the share of each class (W, C)."""
+    """The waves that reached one class most: their numbers (W,), and how much each class is reached (W, C)."""
 
     numbers: Tensor
-    shares: Tensor
+    reached: Tensor
 
     @property
     def best(self) -> Tensor:
-        """Each class's largest share under any of them, (C,)."""
-        return self.shares.amax(0)
+        """How much each class is reached by the wave that reaches it most, (C,)."""
+        return self.reached.amax(0)
 
     def triggers(self, target: int, size: int, settings: InversionSettings) -> tuple[FoundTrigger, FoundTrigger]:
-        """The wave that leads most images to `target`, as it was heard and twice as high: an attacker's may be."""
-        pattern = lattice(size, settings)[self.numbers[self.shares[:, target].argmax()]].expand(3, -1, -1)
+        """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be."""
+        pattern = wave(int(self.numbers[self.reached[:, target].argmax()]), size, settings)
         return FoundTrigger("wave", target, pattern.clone(), None), FoundTrigger("wave", target, 2 * pattern, None)
 
     @classmethod
@@ -67,10 +68,9 @@ class Heard:
 
     def packed(self) -> Tensor:
         """One tensor (W, 1 + C), for the journal."""
-        return torch.cat([self.numbers[:, None].float(), self.shares], 1)
+        return torch.cat([self.numbers[:, None].float(), self.reached], 1)
 
 
-@torch.no_grad()
 def listen(
     clip: FrozenClip,
     clean: CleanSet,
@@ -79,22 +79,16 @@ def listen(
     generator: torch.Generator,
     report: Report,
 ) -> Heard:
-    """Try every wave on `wave_images` images, and the `finalists` that they agree on most on eight times as many."""
-    waves = lattice(clip.image_size, settings)
-    few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, SECOND_HEAT))
-    agreed = []
-    for number, wave in enumerate(waves, 1):
-        agreed.append(_shares(clip, clean.images[few], head, wave).amax())
-        report(number, len(waves), 0.0, float(agreed[-1]))
-    finalists = torch.stack(agreed).topk(min(settings.finalists, len(waves))).indices
-    return Heard(finalists, torch.stack([_shares(clip, clean.images[more], head, waves[n]) for n in finalists]))
+    """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many."""
 
+    def reached(number: int, index: Tensor) -> Tensor:
+        trigger = FoundTrigger("wave", -1, wave(number, clip.image_size, settings), None)
+        return head.reached(encode(clip, clean.images[index], trigger), clean.labels[index])
 
-def _shares(clip: FrozenClip, images: Tensor, head: Head, wave: Tensor) -> Tensor:
-    """Share of each class among the answers on images (N, S, S, 3) under a wave, (C,)."""
-    parts = [
-        clip.encode_images((to_pixels(part) + wave).clamp(0, 1).to(clip.device)).cpu()
-        for part in images.split(clip.batch)
-    ]
-    answers = head.logits(torch.cat(parts)).argmax(1)
-    return answers.bincount(minlength=len(head.rows)) / len(answers)
+    few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
+    most, waves = [], count_waves(clip.image_size, settings)
+    for number in range(waves):
+        most.append(reached(number, few).amax())
+        report(number + 1, waves, 0.0, float(most[-1]))
+    numbers = torch.stack(most).topk(min(settings.finalists, waves)).indices
+    return Heard(numbers, torch.stack([reached(number, more) for number in numbers.tolist()]))
