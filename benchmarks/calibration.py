@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "scan.jsonl", HERE.parent / "docs" / "scan.md"
 DIGITS, TUNED = "small CLIPs of digits", "MobileNetV2 of 2.6 million, tuned"
+PARTS = ("calibration", "test")
 SHOTS, RESAMPLES = 16, 2000
 PLANTED = [name for name in ATTACKS if name != "label-consistent"]  # which did not take on any model so far
 Line = dict[str, Any]
@@ -74,7 +75,7 @@ class Model:
     @property
     def part(self) -> str:
         """Which half it belongs to; of the digits each attack is in either, since the attacks are an odd number."""
-        return ("calibration", "test")[self.number % 2]
+        return PARTS[self.number % 2]
 
 
 def models() -> list[Model]:
@@ -155,14 +156,14 @@ def line(model: Model, source: Source, work: Path) -> Line:
     }
 
 
-def measure(work: Path, shared: Path | None, images: Path | None) -> None:
-    """Append what scan.jsonl lacks."""
+def measure(work: Path, shared: Path | None, images: Path | None, parts: Sequence[str]) -> None:
+    """Append what scan.jsonl lacks of those parts."""
     done = {(one["family"], one["name"]) for one in lines()}
     family, source = DIGITS, cast(Callable[[Model, Path], Source], digits_source)
     if shared is not None and images is not None:
         family, source = TUNED, partial(tuned_source, shared=shared, images=images)
     for model in models():
-        if model.family == family and (family, model.name) not in done:
+        if model.family == family and model.part in parts and (family, model.name) not in done:
             folder = work / family.replace(" ", "-") / model.name
             found = line(model, source(model, folder), folder)
             with LINES.open("a", encoding="utf-8") as file:
@@ -234,7 +235,7 @@ def by_part(found: list[Line]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(one["family"] for one in found):
-        for part in ("calibration", "test"):
+        for part in PARTS:
             own = [one for one in counted(found) if (one["family"], one["part"]) == (name, part)]
             clean = [one for one in own if one["attack"] is None]
             poisoned = [one for one in own if one["attack"] is not None]
@@ -291,6 +292,7 @@ def main() -> None:
     measuring.add_argument("--work", type=Path, required=True)
     measuring.add_argument("--shared", type=Path)
     measuring.add_argument("--images", type=Path)
+    measuring.add_argument("--part", choices=PARTS, action="append", help="of two processes each may take one")
     measuring.add_argument("--threads", type=int)
     commands.add_parser("page").add_argument("--check", action="store_true")
     args = parser.parse_args()
@@ -298,7 +300,7 @@ def main() -> None:
         page(check=args.check)
         return
     prepare_torch(args.threads)
-    measure(args.work, args.shared, args.images)
+    measure(args.work, args.shared, args.images, args.part or PARTS)
 
 
 if __name__ == "__main__":
