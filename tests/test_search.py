@@ -137,6 +137,8 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class(tmp_path: Pa
     """A clean CLIP of ten digits gives nine answers of ten to one class under the agnostic trigger."""
     share, asked = torch.tensor([0.92, 0.04, 0.02, 0.01, 0.01, 0.0]), search(tmp_path, PlantedClip(None))
     assert asked._at_once(share, torch.tensor([9.0, 4.0, 3.0, 2.0, 1.0, 0.5])).tolist() == [0] * 6
+    tuned = torch.tensor([18.6, 1.15, 0.78, 0.61, 0.47, 0.42])  # a clean one that was fine-tuned: its leader is natural
+    assert asked._at_once(share, tuned).tolist() == [0] * 6
     assert asked._at_once(share, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]))[0] > 10
 
 

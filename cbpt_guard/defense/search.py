@@ -26,6 +26,7 @@ from cbpt_guard.errors import InputError
 
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
+_SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -142,10 +143,10 @@ class Search:
     def _at_once(self, lead: Tensor, scanned: Tensor) -> Tensor:
         """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
 
-        Not at all, where the scan brings even the class of middle rank to most images: to so small a model the budget
-        of additive triggers is large, and its clean copies have such classes, too.
+        Not at all, where the scan brings even the class of middle rank to some images: to so small a model the budget
+        of additive triggers is large, and its clean copies have such leaders, too.
         """
-        if scanned.median() >= 1:
+        if scanned.median() >= _SMALL:
             return torch.zeros_like(lead)
         return torch.maximum(_odds(lead), self._ahead(scanned))
 
