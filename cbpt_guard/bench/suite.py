@@ -128,6 +128,7 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
     theirs.close()
     try:
         result: Result | CbptGuardError = ours.recv()
+        process.join(_PATIENCE)  # it has answered, and tidies up
     except EOFError as error:
         process.join()
         raise SetupError(
@@ -136,7 +137,7 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
         ) from error
     finally:
         ours.close()
-        process.terminate()  # does nothing to one that has answered
+        process.terminate()  # does nothing to one that has ended
         process.join(_PATIENCE)
         process.kill()
         process.join()
