@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -417,6 +418,18 @@ def test_a_process_hands_over_its_result_and_its_errors() -> None:
         alone(_refuse, (), nothing)
     with pytest.raises(SetupError, match="ended with 7"):
         alone(os._exit, (7,), nothing)
+
+
+def test_a_process_that_has_answered_may_tidy_up(tmp_path: Path) -> None:
+    """Ended too soon it leaves semaphores behind, of which python complains to the user."""
+    assert alone(_untidy, (tmp_path / "tidy",), nothing) == 1
+    assert (tmp_path / "tidy").exists()
+
+
+def _untidy(path: Path) -> int:
+    atexit.register(path.touch)
+    atexit.register(time.sleep, 0.5)  # called first
+    return 1
 
 
 def _double(number: int) -> int:
