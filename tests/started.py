@@ -66,8 +66,9 @@ class Started:
             self.process.wait(after)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        self.process.wait()
+        self.assert_alone()  # first: a child that lives on would keep the pipes open
         self.end()
-        self.assert_alone()
         return self.process.returncode == -signal.SIGKILL
 
     def assert_alone(self) -> None:

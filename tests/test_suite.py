@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -418,6 +420,34 @@ def test_a_process_hands_over_its_result_and_its_errors() -> None:
         alone(_refuse, (), nothing)
     with pytest.raises(SetupError, match="ended with 7"):
         alone(os._exit, (7,), nothing)
+    with pytest.raises(SetupError, match="measuring failed: .*No space left"):
+        alone(_fill, (), nothing)
+
+
+def test_a_killed_suite_leaves_no_process_behind() -> None:
+    code = "import time; from cbpt_guard.bench.suite import alone, nothing; alone(time.sleep, (100,), nothing)"
+    suite = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    end, child = time.monotonic() + 60, ""
+    while not child and time.monotonic() < end:
+        time.sleep(0.02)
+        children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children").read_text().split()
+        child = next((pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()), "")
+    time.sleep(2)  # it has begun to sleep
+    suite.kill()
+    suite.wait()
+    end = time.monotonic() + 5
+    while (alive := _lives(child)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert child
+    assert not alive
+
+
+def _lives(pid: str) -> bool:
+    """Whether a process runs: one that has ended may wait for whoever asks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_process_that_has_answered_may_tidy_up(tmp_path: Path) -> None:
@@ -430,6 +460,10 @@ def _untidy(path: Path) -> int:
     atexit.register(path.touch)
     atexit.register(time.sleep, 0.5)  # called first
     return 1
+
+
+def _fill() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _double(number: int) -> int:
