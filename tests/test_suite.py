@@ -420,7 +420,7 @@ def test_a_process_hands_over_its_result_and_its_errors() -> None:
         alone(_refuse, (), nothing)
     with pytest.raises(SetupError, match="ended with 7"):
         alone(os._exit, (7,), nothing)
-    with pytest.raises(SetupError, match="measuring failed: .*No space left"):
+    with pytest.raises(SetupError, match=r"measuring failed: .*No space left"):
         alone(_fill, (), nothing)
 
 
