@@ -120,8 +120,8 @@ def _rule(manifest: Manifest) -> str:
         text = "`prompts`: the tuned prompts answer every image; `triggered` is a flag only."
     else:
         text = (
-            "`switch`: an image that answers a suspected target and fails its test is answered by the tuned "
-            "prompts with that class left out; any other by the original ones."
+            "`switch`: an image that answers a suspected target and fails its test is answered from rows fitted to "
+            "triggered images, with that class left out; any other from the original ones."
         )
     return f"{text} Suspected targets: {names}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_prompts_answers_everything_from_the_guarded_head() -> None:
     assert answer.triggered.any()
 
 
+def test_prompts_answers_from_the_tuned_prompts_where_the_guarded_head_is_another(tmp_path: Path) -> None:
+    prompts, features = Head(unit("prompts", C), 100.0, -2.5), unit("images", 300)
+    both = replace(head(), prompts=prompts)
+    assert torch.equal(both.answer(features).logits, head().answer(features).logits)
+    both.save(tmp_path / "heads")
+    for one in (both, GuardedHead.load(tmp_path / "heads")):
+        paper = one.with_rule("prompts")
+        assert torch.equal(paper.answer(features).logits, prompts.logits(features))
+        paper.save(tmp_path / "paper")
+        assert torch.equal(GuardedHead.load(tmp_path / "paper").guarded.rows, prompts.rows)
+
+
 def test_on_a_tie_the_first_class_counts() -> None:
     original = torch.tensor([[7.0, 7.0, 1.0], [1.0, 7.0, 7.0]])
     guarded = torch.tensor([[9.0, 2.0, 3.0], [2.0, 9.0, 3.0]])
@@ -143,6 +156,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, object]
         lambda tensors, about: tensors.pop("thresholds"),
         lambda tensors, about: tensors.update(thresholds=torch.zeros(C - 1)),
         lambda tensors, about: tensors.update(guarded_rows=torch.zeros(C + 1, E)),
+        lambda tensors, about: tensors.update(prompt_rows=torch.zeros(C + 1, E)),
         lambda tensors, about: tensors.update(scale=torch.zeros(2)),
         lambda tensors, about: about.update(other=about.pop("classes")),
         lambda tensors, about: "no json",
@@ -151,8 +165,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, object]
         lambda tensors, about: about.update(rule="swich"),
         lambda tensors, about: about.clear(),
     ],
-    ids=["no thresholds", "few thresholds", "many rows", "two scales", "no classes", "no json", "few classes",
-         "a number", "unknown rule", "nothing said"],
+    ids=["no thresholds", "few thresholds", "many rows", "many prompts", "two scales", "no classes", "no json",
+         "few classes", "a number", "unknown rule", "nothing said"],
 )  # fmt: skip
 def test_a_malformed_file_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Tensor], dict[str, object]], object]

@@ -13,8 +13,9 @@ from small_clips import RESNET, VIT
 
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet, Pattern, agnostic_loss, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.inversion import CleanSet, agnostic_loss, invert_agnostic, invert_toward, scan_targets
 from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.errors import InputError
 
@@ -42,7 +43,7 @@ def asr(clip: PlantedClip, trigger: FoundTrigger, target: int = TARGET) -> float
 @pytest.mark.parametrize("family", ["masked", "additive"])
 def test_a_planted_backdoor_is_found(family: Family) -> None:
     clip = PlantedClip(TARGET)
-    before = Pattern(family, clip.image_size, SETTINGS.epsilon, generator(0, "test")).value(TARGET).detached()
+    before = Pattern(family, clip.image_size, SETTINGS, generator(0, "test")).value(TARGET).detached()
     assert asr(clip, before) < 0.1
     assert asr(clip, invert(clip, family)) > 0.95
 

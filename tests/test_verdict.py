@@ -59,10 +59,10 @@ def test_each_bound(metrics: RunMetrics, name: str, reason: str) -> None:
 
 def test_a_guarded_verdict_says_what_the_tuned_head_alone_is_worth() -> None:
     (reason,) = judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=True).reasons
-    assert "the tuned head without the test for triggered images would let 50.0 % through" in reason
+    assert "the tuned prompts without the test for triggered images would let 50.0 % through" in reason
     good = trigger(0.0).model_copy(update={"asr_prompts": 0.05})
     (reason,) = judge(run(good), ["b"], BOUNDS, keeps_accuracy=True).reasons
-    assert "tuned head" not in reason
+    assert "tuned prompts" not in reason
 
 
 def test_all_that_failed_is_named() -> None:
@@ -70,10 +70,10 @@ def test_all_that_failed_is_named() -> None:
     verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=False)
     assert verdict.name == "not guarded"
     assert len(verdict.reasons) == 4
-    assert sum("no epoch" in reason for reason in verdict.reasons) == 1
+    assert sum("was not kept" in reason for reason in verdict.reasons) == 1
 
 
-def test_no_epoch_that_keeps_accuracy_is_not_guarded() -> None:
+def test_a_guard_that_does_not_keep_the_zero_shot_accuracy_is_not_guarded() -> None:
     assert judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=False).name == "not guarded"
 
 

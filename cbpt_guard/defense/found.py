@@ -15,19 +15,21 @@ from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.defense.warp import moved
 from cbpt_guard.errors import InputError
 
-Inverted = Literal["additive", "masked"]
+Inverted = Literal["additive", "masked", "warp"]
 """Families that an inversion can make."""
-Family = Literal["additive", "masked", "wave"]
+Family = Literal["additive", "masked", "warp", "wave"]
 
 
 @dataclass(frozen=True)
 class FoundTrigger:
     """A trigger that inversion found toward class `target`.
 
-    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern.
-    `pattern` (3, S, S) in pixels; `mask` (1, S, S) in [0, 1], None for the families that add.
+    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p + pattern(p)).
+    `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right and down; `mask` (1, S, S) in [0, 1], None for
+    all but the masked.
     """
 
     family: Family
@@ -37,6 +39,8 @@ class FoundTrigger:
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Triggered pixels (N, 3, S, S) of clean ones, both in [0, 1]; differentiable."""
+        if self.family == "warp":
+            return moved(pixels, self.pattern)
         if self.mask is None:
             return (pixels + self.pattern).clamp(0, 1)
         return torch.lerp(pixels, self.pattern, self.mask)
@@ -49,7 +53,7 @@ class FoundTrigger:
 
     @property
     def area(self) -> float:
-        """The part of the image that the mask covers; 1 for the families that add."""
+        """The part of the image that the mask covers; 1 for triggers without one."""
         return 1.0 if self.mask is None else float(self.mask.mean())
 
     def detached(self) -> FoundTrigger:

@@ -90,13 +90,17 @@ def apply_rule(original: Tensor, guarded: Tensor, triggered: Tensor, rule: Rule)
 
 @dataclass(frozen=True)
 class GuardedHead:
-    """Two heads over one embedding, the test for triggered images, and the rule that chooses between the heads."""
+    """Two heads over one embedding, the test for triggered images, and the rule that chooses between the heads.
+
+    `prompts`: the tuned class-wise prompts, where the guarded head is another.
+    """
 
     original: Head
     guarded: Head
     test: TriggerTest
     classes: tuple[str, ...]
     rule: Rule = "switch"
+    prompts: Head | None = None
 
     @property
     def suspects(self) -> list[int]:
@@ -104,7 +108,9 @@ class GuardedHead:
         return torch.isfinite(self.test.thresholds).nonzero().flatten().tolist()
 
     def with_rule(self, rule: Rule) -> GuardedHead:
-        """The same heads under another rule."""
+        """The same heads under another rule; `prompts` is about the tuned prompts."""
+        if rule == "prompts" and self.prompts is not None:
+            return replace(self, rule=rule, guarded=self.prompts, prompts=None)
         return replace(self, rule=rule)
 
     def answer(self, features: Tensor) -> Answer:
@@ -124,6 +130,8 @@ class GuardedHead:
             "scale": torch.tensor(self.original.scale, dtype=torch.float64),
             "bias": torch.tensor(self.original.bias, dtype=torch.float64),
         }
+        if self.prompts is not None:
+            tensors["prompt_rows"] = self.prompts.rows
         # one key: safetensors writes several in an order of its own, and equal heads must be equal bytes
         metadata = {"head": json.dumps({"rule": self.rule, "classes": self.classes})}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
@@ -143,7 +151,9 @@ class GuardedHead:
             rule, classes = about["rule"], tuple(about["classes"])
             if rule not in ("switch", "prompts"):
                 raise ValueError(f"the rule {rule!r} is unknown")
-            if any(len(tensors[name]) != len(classes) for name in _BY_CLASS):
+            prompts = tensors.get("prompt_rows")
+            by_class = [*(tensors[name] for name in _BY_CLASS), *([] if prompts is None else [prompts])]
+            if any(len(tensor) != len(classes) for tensor in by_class):
                 raise ValueError(f"its tensors do not fit its {len(classes)} classes")
             return cls(
                 Head(tensors["original_rows"], scale, bias),
@@ -151,6 +161,7 @@ class GuardedHead:
                 TriggerTest(tensors["directions"], tensors["thresholds"]),
                 classes,
                 rule,
+                None if prompts is None else Head(prompts, scale, bias),
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is no heads file of cbpt-guard: {error}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.found import FoundTrigger, Inverted
 from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.settings import InversionSettings
 
 Report = Callable[[int, int, float, float], None]
@@ -37,37 +39,6 @@ class CleanSet:
         """Indices (batch,) drawn with replacement, none of class `without`."""
         pool = torch.arange(len(self.labels)) if without is None else (self.labels != without).nonzero()[:, 0]
         return pool[torch.randint(len(pool), (batch,), generator=generator)]
-
-
-class Pattern:
-    """A trigger while it is being learnt: unbounded tensors that its family maps into pixel space.
-
-    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M). With a `budget` the mask
-    is scaled down to that mean area wherever it exceeds it.
-    """
-
-    def __init__(
-        self, family: Inverted, size: int, epsilon: float, generator: torch.Generator, budget: float | None = None
-    ) -> None:
-        self.family = family
-        self.epsilon = epsilon
-        self.budget = budget
-        self.paint = (0.5 * torch.randn(3, size, size, generator=generator)).requires_grad_()
-        # a mask that starts at about a quarter everywhere lets gradients reach every place
-        self.mask = (0.1 * torch.randn(1, size, size, generator=generator) - 1).requires_grad_()
-
-    def parameters(self) -> list[Tensor]:
-        """What the optimiser may change."""
-        return [self.paint] if self.family == "additive" else [self.paint, self.mask]
-
-    def value(self, target: int) -> FoundTrigger:
-        """The trigger as it stands, with its graph."""
-        if self.family == "additive":
-            return FoundTrigger("additive", target, self.epsilon * torch.tanh(self.paint), None)
-        mask = torch.sigmoid(self.mask)
-        if self.budget is not None:
-            mask = mask * (self.budget / mask.mean()).clamp(max=1)
-        return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)
 
 
 def agnostic_loss(found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings) -> Tensor:
@@ -97,7 +68,7 @@ def invert_agnostic(
     report: Report,
 ) -> FoundTrigger:
     """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at."""
-    pattern = Pattern("additive", clip.image_size, settings.epsilon, generator)
+    pattern = Pattern("additive", clip.image_size, settings, generator)
     optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
     answers = torch.zeros(rows.shape[0])
     for step in range(settings.agnostic_steps):
@@ -136,9 +107,10 @@ def invert_toward(
     so that the trigger stands for a family and not for one pixel pattern. With a `budget`, a share of the
     image, the mask keeps within it instead of paying.
     """
-    steps = settings.additive_steps if family == "additive" else settings.masked_steps
-    pattern = Pattern(family, clip.image_size, settings.epsilon, generator, budget)
-    rate = settings.learning_rate if family == "additive" else settings.mask_learning_rate
+    pays = family == "masked"
+    steps = settings.masked_steps if pays else settings.additive_steps
+    pattern = Pattern(family, clip.image_size, settings, generator, budget)
+    rate = settings.mask_learning_rate if pays else settings.learning_rate
     optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
     goal = torch.full((settings.batch,), target)
     weight = asr = 0.0
@@ -146,17 +118,39 @@ def invert_toward(
         index = clean.draw(settings.batch, generator, without=target)
         trigger = _varied(pattern.value(target), int(settings.shift * clip.image_size), generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
-        logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
-        loss = F.cross_entropy(logits, goal)
-        asr = 0.7 * asr + 0.3 * float((logits.argmax(1) == target).float().mean())
+        pull = _pull(clip, head, pixels, goal)
+        loss = pull.losses.mean()
+        asr = 0.7 * asr + 0.3 * float((pull.answers == target).float().mean())
+        optimiser.zero_grad()
+        pixels.backward(pull.gradient / len(goal), retain_graph=True)
         if trigger.mask is not None and budget is None:
             weight = min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
-            loss = loss + weight * trigger.mask.mean()
-        optimiser.zero_grad()
-        loss.backward()
+            paid = weight * trigger.mask.mean()
+            paid.backward()
+            loss = loss + paid
         optimiser.step()
         report(step + 1, steps, loss.item(), asr)
     return pattern.value(target).detached()
+
+
+class _Pull(NamedTuple):
+    """How far pixels (N, 3, S, S) are from their targets: cross-entropy (N,), answers (N,), its gradient in them."""
+
+    losses: Tensor
+    answers: Tensor
+    gradient: Tensor
+
+
+def _pull(clip: FrozenClip, head: Head, pixels: Tensor, targets: Tensor) -> _Pull:
+    """Every image alone, a few at a time: what is kept for the way back is most of what inversion holds in memory."""
+    parts = []
+    for part, wanted in zip(pixels.detach().split(clip.batch), targets.split(clip.batch), strict=True):
+        leaf = part.requires_grad_()
+        logits = head.logits(clip.encode_images(leaf.to(clip.device)).cpu())
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        parts.append(_Pull(losses.detach(), logits.detach().argmax(1), gradient))
+    return _Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _varied(trigger: FoundTrigger, shift: int, generator: torch.Generator) -> FoundTrigger:

@@ -8,11 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.defense.trigger import checkerboard
 
 
 def as_image(trigger: FoundTrigger) -> Image.Image:
-    """What the trigger does to a mid-grey image; an additive one is stretched to the full range."""
+    """What the trigger does to a mid-grey image, a warp to a checkerboard; what adds is stretched to full range."""
+    if trigger.family == "warp":
+        board = torch.from_numpy(checkerboard(trigger.pattern.shape[-1]))
+        return to_image(trigger.apply(to_pixels(board[None]))[0])
     grey = torch.full((1, *trigger.pattern.shape), 0.5)
     if trigger.mask is None:
         pixels = grey + 0.5 * trigger.pattern / trigger.pattern.abs().max().clamp_min(1e-6)

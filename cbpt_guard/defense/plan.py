@@ -23,7 +23,7 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.defense.waves import heard_images
 
-_TRIGGERS = 3  # masked, additive and agnostic toward one suspect, the usual bank
+_TRIGGERS = 4  # masked, additive, warp and agnostic toward one suspect, the usual bank
 
 
 class Plan(BaseModel):
@@ -113,7 +113,7 @@ def _expected(
         + _scanned(stage1, classes) * backward
         + heard_images(size, stage1) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
-        + stage1.additive_steps * stage1.batch * backward
+        + 2 * stage1.additive_steps * stage1.batch * backward
     )
     return {
         "features": (kept + held) * forward,

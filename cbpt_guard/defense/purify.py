@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
@@ -142,19 +143,24 @@ class Purification:
         least = (
             clean_accuracy(self.original.logits(unseen_set.clean), unseen_set.labels) - settings.tuning.accuracy_slack
         )
-        epoch, keeps_accuracy = choose(epochs, least) if len(held) else (epochs[-1], True)
-        head = replace(untuned, guarded=Head(epoch.rows, self.original.scale, self.original.bias))
+        epoch = choose(epochs, least) if len(held) else epochs[-1]
+        guarded, prompts = anchored_rows(self.original, tuning_set, settings.tuning), epoch.rows
+        head = replace(untuned, guarded=self._head(guarded), prompts=self._head(prompts)).with_rule(settings.rule.name)
+        keeps_accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels) >= least
         self._lap("stage 2: prompts")
 
         attacks = self._attacks(search, findings, observed, head, unseen_set, self.data.images[unseen])
         metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
-        verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
+        verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy or not len(held))
         self._lap("verdict")
 
         outcome = Outcome(findings, head, epoch, metrics, verdict, warnings, kept, held)
         write_result(self.prepared, outcome, self.seconds, self.folder)
         self.journal.remove()  # last: a full disk must not cost what was found
+
+    def _head(self, rows: Tensor) -> Head:
+        return Head(rows, self.original.scale, self.original.bias)
 
     def _observe(self) -> Observed:
         attack = self.prepared.observed
@@ -183,7 +189,7 @@ class Purification:
         prompts = ClassPrompts(self.clip, list(self.data.classes), job.template, with_images, settings.chunk)
 
         def look(number: int, loss: float, rows: Tensor) -> None:
-            head = replace(untuned, guarded=Head(rows, self.original.scale, self.original.bias))
+            head = replace(untuned, guarded=self._head(rows))
             epochs.append(look_at(head, number, rows, prompts.state(), unseen, bank))
             self.progress(Step("prompts", number, settings.epochs, loss, epochs[-1].found_asr))
 

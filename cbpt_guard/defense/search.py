@@ -27,6 +27,7 @@ from cbpt_guard.errors import InputError
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 _SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
+_WARPS = 0.5  # ASR from which a warp tells where triggered images lie: one that moves no answer looks like clean images
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -206,8 +207,9 @@ class Search:
 
     def _bank(self, targets: Sequence[int]) -> TriggerBank:
         agnostic = self._agnostic()
-        families: tuple[Inverted, ...] = ("masked", "additive")
-        triggers = self.toward([(c, family) for c in targets for family in families])
+        families: tuple[Inverted, ...] = ("masked", "additive", "warp")
+        made = self.toward([(c, family) for c in targets for family in families])
+        triggers = [one for one in made if one.family != "warp" or self._reached(one)[one.target] >= _WARPS]
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))

@@ -24,7 +24,8 @@ class InversionSettings(_Frozen):
     """Stage 1: how triggers are looked for.
 
     `epsilon` bounds additive patterns and `wave_amplitude` is half a wave's height, in pixels of [0, 1]; waves have up
-    to `wave_periods` periods a side. `shift` is a share of the image's side. The scan's and the waves' `finalists` get
+    to `wave_periods` periods a side. A warp has `warp_points` control points a side, and moves them by at most
+    `warp_shift`; that and `shift` are shares of the image's side. The scan's and the waves' `finalists` get
     a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out` says how many
     times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a short
     scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may be).
@@ -51,6 +52,8 @@ class InversionSettings(_Frozen):
     scan_images: Count = 4
     scan_budget: Count = 8000
     finalists: Count = 8
+    warp_points: Annotated[int, Field(ge=2)] = 4
+    warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
     wave_amplitude: Annotated[float, Field(gt=0, le=1)] = 32 / 255
     wave_periods: Count = 10
     wave_images: Count = 8
@@ -61,7 +64,7 @@ class InversionSettings(_Frozen):
 
 
 class TuningSettings(_Frozen):
-    """Stage 2: how the class-wise prompts are tuned."""
+    """Stage 2: how the class-wise prompts are tuned, and how far anchored rows may go from the zero-shot ones."""
 
     epochs: Count = 30
     batch: Count = 512
@@ -71,6 +74,8 @@ class TuningSettings(_Frozen):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     accuracy_slack: Share = 0.005
     chunk: Count = 64
+    anchor_strength: Positive = 10.0
+    anchor_steps: Count = 100
 
 
 class RuleSettings(_Frozen):

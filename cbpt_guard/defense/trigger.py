@@ -108,11 +108,15 @@ def read_picture(path: Path, mode: str = "RGB") -> Pixels:
 
 def example(trigger: Trigger) -> Pixels:
     """What a trigger without a pattern makes of a coloured checkerboard, uint8 (S, S, 3)."""
-    size = trigger.image_size
+    shown: Pixels = trigger.apply(checkerboard(trigger.image_size)[None])[0]
+    return shown
+
+
+def checkerboard(size: int) -> Pixels:
+    """A coloured checkerboard, uint8 (S, S, 3)."""
     along = np.arange(size)
     squares = (along[:, None] * _SQUARES // size + along * _SQUARES // size) % 2
     ramp = along * 127 // max(1, size - 1)
     colours = np.stack(np.broadcast_arrays(ramp[:, None], ramp, ramp[::-1]), axis=2)
-    board = (64 + 64 * squares[..., None] + colours // 2).astype(np.uint8)
-    shown: Pixels = trigger.apply(board[None])[0]
-    return shown
+    board: Pixels = (64 + 64 * squares[..., None] + colours // 2).astype(np.uint8)
+    return board

@@ -84,13 +84,13 @@ class Epoch:
     poisoned_accuracy: float
 
 
-def choose(epochs: Sequence[Epoch], least_accuracy: float) -> tuple[Epoch, bool]:
-    """The epoch to ship, and whether it keeps `least_accuracy`.
+def choose(epochs: Sequence[Epoch], least_accuracy: float) -> Epoch:
+    """The epoch to ship.
 
-    Among those that keep it: the lowest found-trigger ASR, then the highest PA, then the earliest. If none
-    does: the one with the highest clean accuracy.
+    Among those that keep `least_accuracy`: the lowest found-trigger ASR, then the highest PA, then the earliest.
+    If none does: the one with the highest clean accuracy.
     """
     keeping = [epoch for epoch in epochs if epoch.clean_accuracy >= least_accuracy]
     if not keeping:
-        return max(epochs, key=lambda epoch: epoch.clean_accuracy), False
-    return min(keeping, key=lambda epoch: (epoch.found_asr, -epoch.poisoned_accuracy, epoch.number)), True
+        return max(epochs, key=lambda epoch: epoch.clean_accuracy)
+    return min(keeping, key=lambda epoch: (epoch.found_asr, -epoch.poisoned_accuracy, epoch.number))

@@ -103,11 +103,11 @@ def measure(
 def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *, keeps_accuracy: bool) -> Verdict:
     """guarded, not guarded or unverified, with the reasons; the bounds are those of the settings.
 
-    `keeps_accuracy`: whether any epoch kept the zero-shot accuracy on held-out images.
+    `keeps_accuracy`: whether the zero-shot accuracy on held-out images was kept, within stage 2's slack.
     """
     lost = list(_lost(run, suspects, settings))
     if not keeps_accuracy:
-        lost.append("no epoch of prompt tuning kept the zero-shot accuracy on held-out images")
+        lost.append("the zero-shot accuracy on held-out images was not kept")
     failed = [*lost, *_surviving(run, settings)]
     if not suspects:
         nothing = "no class stands out as a target, so nothing was there to guard against and no success can be shown"
@@ -124,7 +124,7 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
     )
     alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
     if alone > max(worst, settings.found_asr):  # who takes the tuned rows out of heads.safetensors must know
-        kept += f"; the tuned head without the test for triggered images would let {100 * alone:.1f} % through"
+        kept += f"; the tuned prompts without the test for triggered images would let {100 * alone:.1f} % through"
     return Verdict(name="guarded", reasons=(kept,))
 
 

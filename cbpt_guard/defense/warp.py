@@ -30,6 +30,28 @@ class _WarpParams(TriggerParams):
     right: _Shifts
 
 
+def smooth(control: Tensor, size: int) -> Tensor:
+    """Displacements (2, S, S), bicubic between those (2, k, k) at control points that span the image."""
+    return F.interpolate(control[None], (size, size), mode="bicubic", align_corners=True)[0]
+
+
+def flow(shifts: Tensor) -> Tensor:
+    """Where each pixel is taken from, (S, S, 2): column and row, -1 and 1 at the outermost pixels.
+
+    `shifts` (2, S, S) are in pixels, right and down.
+    """
+    size = shifts.shape[-1]
+    along = torch.linspace(-1, 1, size, dtype=shifts.dtype, device=shifts.device)
+    rows, columns = torch.meshgrid(along, along, indexing="ij")
+    return torch.stack([columns, rows], 2) + shifts.permute(1, 2, 0) * 2 / (size - 1)
+
+
+def moved(pixels: Tensor, shifts: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) taken from `shifts` (2, S, S) beside their places, bilinear; differentiable in the shifts."""
+    grid = flow(shifts).expand(len(pixels), -1, -1, -1)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
 @dataclass(frozen=True)
 class Warp:
     """WaNet: every pixel shows what lies a little beside it (arXiv 2102.10369).
@@ -65,22 +87,16 @@ class Warp:
             InputError: the images have another size or type.
         """
         warped = np.empty_like(checked(images, self.image_size))
-        flow = self.flow()
+        shifts = self.shifts()
         for start in range(0, len(images), _PART):
             part = torch.from_numpy(images[start : start + _PART].astype(np.float64)).permute(0, 3, 1, 2)
-            grid = flow.expand(len(part), -1, -1, -1)
-            moved = F.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=True)
-            warped[start : start + _PART] = rounded(moved.permute(0, 2, 3, 1).numpy())
+            warped[start : start + _PART] = rounded(moved(part, shifts).permute(0, 2, 3, 1).numpy())
         return warped
 
-    def flow(self) -> Tensor:
-        """Where each pixel is taken from, float64 (S, S, 2): column and row, -1 and 1 at the outermost pixels."""
+    def shifts(self) -> Tensor:
+        """How far from each pixel its value is taken, float64 (2, S, S) in pixels: right, then down."""
         k = math.isqrt(len(self.down))
-        control = torch.tensor([self.right, self.down], dtype=torch.float64).reshape(1, 2, k, k)
-        shifts = F.interpolate(control, (self.image_size, self.image_size), mode="bicubic", align_corners=True)[0]
-        along = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
-        rows, columns = torch.meshgrid(along, along, indexing="ij")
-        return torch.stack([columns, rows], 2) + shifts.permute(1, 2, 0) * 2 / (self.image_size - 1)
+        return smooth(torch.tensor([self.right, self.down], dtype=torch.float64).reshape(2, k, k), self.image_size)
 
     def picture(self) -> Pixels:
         """An example, uint8 (S, S, 3)."""

@@ -1,0 +1,51 @@
+"""Pattern: a trigger while it is being learnt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbpt_guard.defense.found import FoundTrigger, Inverted
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.warp import smooth
+
+
+class Pattern:
+    """Unbounded tensors that their family maps into a trigger for images of S x S pixels.
+
+    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M). With a `budget` the mask
+    is scaled down to that mean area wherever it exceeds it. warp: displacements a tanh(P) at few control points, which
+    keeps them as smooth as WaNet's.
+    """
+
+    def __init__(
+        self,
+        family: Inverted,
+        size: int,
+        settings: InversionSettings,
+        generator: torch.Generator,
+        budget: float | None = None,
+    ) -> None:
+        self.family = family
+        self._size, self._settings, self._budget = size, settings, budget
+        points = (2, settings.warp_points, settings.warp_points)
+        shape = points if family == "warp" else (3, size, size)
+        self.paint = (0.5 * torch.randn(shape, generator=generator)).requires_grad_()
+        # a mask that starts at about a quarter everywhere lets gradients reach every place
+        self.mask = (0.1 * torch.randn(1, size, size, generator=generator) - 1).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser may change."""
+        return [self.paint, self.mask] if self.family == "masked" else [self.paint]
+
+    def value(self, target: int) -> FoundTrigger:
+        """The trigger as it stands, with its graph."""
+        if self.family == "additive":
+            return FoundTrigger("additive", target, self._settings.epsilon * torch.tanh(self.paint), None)
+        if self.family == "warp":
+            farthest = self._settings.warp_shift * self._size
+            return FoundTrigger("warp", target, smooth(farthest * torch.tanh(self.paint), self._size), None)
+        mask = torch.sigmoid(self.mask)
+        if self._budget is not None:
+            mask = mask * (self._budget / mask.mean()).clamp(max=1)
+        return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)

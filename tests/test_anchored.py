@@ -1,0 +1,83 @@
+"""Anchored rows: the penalty, what stays, and what they reach that the zero-shot rows do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbpt_guard.defense.anchored import anchored_rows
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.settings import TuningSettings
+from cbpt_guard.defense.tuning import FeatureSet
+
+C, E, EACH, SCALE = 6, 12, 30, 20.0
+
+
+def made(seed: int = 0) -> tuple[Head, FeatureSet]:
+    """Clean images around their texts, and triggered ones that all moved towards class 0; the last class has none."""
+    draws = generator(seed, "made")
+    original = Head(F.normalize(torch.randn(C, E, generator=draws), dim=1), SCALE, -3.0)
+    labels = torch.arange(C - 1).repeat_interleave(EACH)
+    clean = F.normalize(original.rows[labels] + 0.3 * torch.randn(len(labels), E, generator=draws), dim=1)
+    triggered = F.normalize(0.5 * clean + original.rows[0], dim=1)
+    return original, FeatureSet(clean, triggered[None], labels)
+
+
+def objective(rows: Tensor, original: Head, data: FeatureSet, strength: float) -> float:
+    features, labels = torch.cat([data.clean, data.triggered[0]]), data.labels.repeat(2)
+    fit = F.cross_entropy(SCALE * features @ rows.T, labels, reduction="sum")
+    return float(fit + (SCALE * (rows - original.rows)).square().sum() / (2 * strength))
+
+
+def accuracy(rows: Tensor, original: Head, features: Tensor, labels: Tensor) -> float:
+    return float((Head(rows, original.scale).logits(features).argmax(1) == labels).float().mean())
+
+
+def test_triggered_images_fall_on_their_class_and_clean_ones_stay_there() -> None:
+    original, data = made()
+    rows = anchored_rows(original, data, TuningSettings())
+    assert accuracy(original.rows, original, data.triggered[0], data.labels) < 0.3
+    assert accuracy(rows, original, data.triggered[0], data.labels) > 0.9
+    before = accuracy(original.rows, original, data.clean, data.labels)
+    assert accuracy(rows, original, data.clean, data.labels) >= before - 0.05
+
+
+def test_nothing_near_them_is_better() -> None:
+    original, data = made()
+    rows = anchored_rows(original, data, TuningSettings(anchor_steps=500))
+    least = objective(rows, original, data, 10.0)
+    draws = generator(0, "near")
+    for size in (1e-3, 1e-2, 1e-1):
+        other = rows.clone()
+        other[:-1] += size * torch.randn(C - 1, E, generator=draws)
+        assert objective(other, original, data, 10.0) > least
+
+
+def test_the_smaller_the_strength_the_nearer_to_the_zero_shot_rows() -> None:
+    original, data = made()
+    distances = [
+        float((anchored_rows(original, data, TuningSettings(anchor_strength=strength)) - original.rows).norm())
+        for strength in (1e-6, 0.1, 1.0, 10.0)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] == pytest.approx(0, abs=1e-3)
+    assert distances[1] > 1e-2
+
+
+def test_a_class_without_images_keeps_its_row() -> None:
+    original, data = made()
+    rows = anchored_rows(original, data, TuningSettings())
+    assert torch.equal(rows[-1], original.rows[-1])
+    assert (rows[:-1] - original.rows[:-1]).norm(dim=1).min() > 1e-3
+
+
+def test_the_same_images_give_the_same_rows_and_nothing_is_drawn() -> None:
+    original, data = made()
+    torch.manual_seed(1)
+    once = anchored_rows(original, data, TuningSettings())
+    torch.manual_seed(2)
+    assert torch.equal(once, anchored_rows(original, data, TuningSettings()))
+    assert not once.requires_grad
