@@ -10,7 +10,7 @@ from torch import Tensor
 from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import generator
-from cbpt_guard.defense.settings import TuningSettings
+from cbpt_guard.defense.settings import AnchorSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
 C, E, EACH, SCALE = 6, 12, 30, 20.0
@@ -38,7 +38,7 @@ def accuracy(rows: Tensor, original: Head, features: Tensor, labels: Tensor) -> 
 
 def test_triggered_images_fall_on_their_class_and_clean_ones_stay_there() -> None:
     original, data = made()
-    rows = anchored_rows(original, data, TuningSettings())
+    rows = anchored_rows(original, data, AnchorSettings())
     assert accuracy(original.rows, original, data.triggered[0], data.labels) < 0.3
     assert accuracy(rows, original, data.triggered[0], data.labels) > 0.9
     before = accuracy(original.rows, original, data.clean, data.labels)
@@ -47,7 +47,7 @@ def test_triggered_images_fall_on_their_class_and_clean_ones_stay_there() -> Non
 
 def test_nothing_near_them_is_better() -> None:
     original, data = made()
-    rows = anchored_rows(original, data, TuningSettings(anchor_steps=500))
+    rows = anchored_rows(original, data, AnchorSettings(iterations=500))
     least = objective(rows, original, data, 10.0)
     draws = generator(0, "near")
     for size in (1e-3, 1e-2, 1e-1):
@@ -59,7 +59,7 @@ def test_nothing_near_them_is_better() -> None:
 def test_the_smaller_the_strength_the_nearer_to_the_zero_shot_rows() -> None:
     original, data = made()
     distances = [
-        float((anchored_rows(original, data, TuningSettings(anchor_strength=strength)) - original.rows).norm())
+        float((anchored_rows(original, data, AnchorSettings(strength=strength)) - original.rows).norm())
         for strength in (1e-6, 0.1, 1.0, 10.0)
     ]
     assert distances == sorted(distances)
@@ -69,7 +69,7 @@ def test_the_smaller_the_strength_the_nearer_to_the_zero_shot_rows() -> None:
 
 def test_a_class_without_images_keeps_its_row() -> None:
     original, data = made()
-    rows = anchored_rows(original, data, TuningSettings())
+    rows = anchored_rows(original, data, AnchorSettings())
     assert torch.equal(rows[-1], original.rows[-1])
     assert (rows[:-1] - original.rows[:-1]).norm(dim=1).min() > 1e-3
 
@@ -77,7 +77,7 @@ def test_a_class_without_images_keeps_its_row() -> None:
 def test_the_same_images_give_the_same_rows_and_nothing_is_drawn() -> None:
     original, data = made()
     torch.manual_seed(1)
-    once = anchored_rows(original, data, TuningSettings())
+    once = anchored_rows(original, data, AnchorSettings())
     torch.manual_seed(2)
-    assert torch.equal(once, anchored_rows(original, data, TuningSettings()))
+    assert torch.equal(once, anchored_rows(original, data, AnchorSettings()))
     assert not once.requires_grad

@@ -119,10 +119,14 @@ def test_a_class_with_most_of_the_images_is_none_that_waves_lead_to(classes: int
 def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target: int | None) -> None:
     clip = WaveClip(target)
     names = [f"class {c}" for c in range(6)]
-    found = Search(clip, clip.clean(), clip.head, names, BRIEF, 0, Journal(tmp_path, {}), lambda step: None).run()
+    search = Search(clip, clip.clean(), clip.head, names, BRIEF, 0, Journal(tmp_path, {}), lambda step: None)
+    found = search.run()
     assert found.suspects == ([] if target is None else [target])
     waves = [trigger for trigger in found.bank if trigger.family == "wave"]
     assert [trigger.target for trigger in waves] == ([] if target is None else [target, target])
+    fresh = search.fresh_waves(found.suspects)
+    assert [trigger.target for trigger in fresh] == [trigger.target for trigger in waves]
+    assert not any(torch.equal(new.pattern, old.pattern) for new in fresh for old in waves)
 
 
 def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_clean: DigitsModel) -> None:

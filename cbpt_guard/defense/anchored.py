@@ -11,28 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.settings import TuningSettings
+from cbpt_guard.defense.settings import AnchorSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
 
-def anchored_rows(original: Head, data: FeatureSet, settings: TuningSettings) -> Tensor:
+def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) -> Tensor:
     """Rows (C, E), no unit vectors any more, that minimise over clean and triggered images together
 
         sum CE(s F W', y) + |s W - s T0|^2 / (2 C)
 
-    with C = `anchor_strength`, as scikit-learn names it. Classes without images keep their rows.
+    with C = `strength`, as scikit-learn names it. Classes without images keep their rows.
     """  # fmt: skip
     features = torch.cat([data.clean, data.triggered.flatten(0, 1)])
     labels = data.labels.repeat(1 + len(data.triggered))
     moving = data.labels.unique()
     start = original.scale * original.rows
     moved = torch.zeros(len(moving), start.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([moved], max_iter=settings.anchor_steps, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([moved], max_iter=settings.iterations, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
         rows = start.index_add(0, moving, moved)
-        penalty = (moved**2).sum() / (2 * settings.anchor_strength)
+        penalty = (moved**2).sum() / (2 * settings.strength)
         value = (F.cross_entropy(features @ rows.T, labels, reduction="sum") + penalty) / len(labels)
         value.backward()
         return value

@@ -144,7 +144,7 @@ class Purification:
             clean_accuracy(self.original.logits(unseen_set.clean), unseen_set.labels) - settings.tuning.accuracy_slack
         )
         epoch = choose(epochs, least) if len(held) else epochs[-1]
-        guarded, prompts = anchored_rows(self.original, tuning_set, settings.tuning), epoch.rows
+        guarded, prompts = anchored_rows(self.original, tuning_set, settings.anchor), epoch.rows
         head = replace(untuned, guarded=self._head(guarded), prompts=self._head(prompts)).with_rule(settings.rule.name)
         keeps_accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels) >= least
         self._lap("stage 2: prompts")
@@ -216,6 +216,10 @@ class Purification:
         for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels, against=name))
+        heard = sorted({trigger.target for trigger in findings.bank if trigger.family == "wave"})
+        for trigger in search.fresh_waves(heard) if heard else []:
+            features = encode(self.clip, images, trigger)
+            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
         return attacks
 

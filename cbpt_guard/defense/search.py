@@ -188,6 +188,11 @@ class Search:
             ]
         )
 
+    def fresh_waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
+        """The waves that reach each target next to the best, which are in no bank."""
+        heard, size = self._heard(), self._clip.image_size
+        return [wave for c in targets for wave in heard.triggers(c, size, self._settings, rank=1)]
+
     def _making(
         self, name: str, what: str, target: int, family: Inverted, head: Head | None = None, budget: float | None = None
     ) -> Making:

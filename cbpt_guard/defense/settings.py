@@ -64,7 +64,7 @@ class InversionSettings(_Frozen):
 
 
 class TuningSettings(_Frozen):
-    """Stage 2: how the class-wise prompts are tuned, and how far anchored rows may go from the zero-shot ones."""
+    """Stage 2: how the class-wise prompts are tuned."""
 
     epochs: Count = 30
     batch: Count = 512
@@ -74,8 +74,13 @@ class TuningSettings(_Frozen):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     accuracy_slack: Share = 0.005
     chunk: Count = 64
-    anchor_strength: Positive = 10.0
-    anchor_steps: Count = 100
+
+
+class AnchorSettings(_Frozen):
+    """Stage 2: how far anchored rows may go from the zero-shot ones (scikit-learn's C), in how many iterations."""
+
+    strength: Positive = 10.0
+    iterations: Count = 100
 
 
 class RuleSettings(_Frozen):
@@ -100,6 +105,7 @@ class Settings(_Frozen):
 
     inversion: InversionSettings = InversionSettings()
     tuning: TuningSettings = TuningSettings()
+    anchor: AnchorSettings = AnchorSettings()
     rule: RuleSettings = RuleSettings()
     verdict: VerdictSettings = VerdictSettings()
 

@@ -56,9 +56,15 @@ class Heard:
         """How much each class is reached by the wave that reaches it most, (C,)."""
         return self.reached.amax(0)
 
-    def triggers(self, target: int, size: int, settings: InversionSettings) -> tuple[FoundTrigger, FoundTrigger]:
-        """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be."""
-        pattern = wave(int(self.numbers[self.reached[:, target].argmax()]), size, settings)
+    def triggers(
+        self, target: int, size: int, settings: InversionSettings, *, rank: int = 0
+    ) -> tuple[FoundTrigger, FoundTrigger]:
+        """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be.
+
+        With `rank` 1 the next best wave instead, and so on.
+        """
+        order = self.reached[:, target].argsort(descending=True, stable=True)
+        pattern = wave(int(self.numbers[order[min(rank, len(order) - 1)]]), size, settings)
         return FoundTrigger("wave", target, pattern.clone(), None), FoundTrigger("wave", target, 2 * pattern, None)
 
     @classmethod
