@@ -20,6 +20,7 @@ from typing import Any
 
 from pages import filled
 
+from cbpt_guard.bench.bars import bars, verdicts
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -64,6 +65,8 @@ def parts(lines: list[Line]) -> dict[str, str]:
     count = len(reads.read_text(encoding="utf-8").splitlines()) if reads.exists() else 0
     return {
         "summary": summary(lines),
+        "bars": bars(lines),
+        "verdicts": verdicts(lines),
         "table": table(lines),
         "reads": f"The test images were read by {count} runs of the suite (`benchmarks/{LINES.name}/{READS}`).",
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),

@@ -420,8 +420,8 @@ def test_the_oracle_has_at_least_the_pa_of_prompts_without_triggers(task: Task, 
 
 def test_the_oracle_takes_the_better_of_its_two_heads(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """With prompts that are not trained at all it takes the linear head, and the other way round."""
-    triggered = oracle_module._triggered(task)
-    monkeypatch.setattr(oracle_module, "_triggered", lambda _: triggered)
+    triggered = oracle_module.triggered_shots(task)
+    monkeypatch.setattr(oracle_module, "triggered_shots", lambda _: triggered)
     everything = FeatureSet(shot_features(task), triggered, task.shots.labels)
     target = task.shots.classes.index(task.planted[0].target)
     idle = TuningSettings(epochs=1)
@@ -439,7 +439,7 @@ def test_the_oracle_takes_the_better_of_its_two_heads(task: Task, monkeypatch: p
 def test_the_oracle_knows_several_triggers_and_needs_one(task: Task) -> None:
     (pair,) = task.planted
     other = pair._replace(target=next(name for name in task.shots.classes if name != pair.target))
-    assert len(oracle_module._triggered(replace(task, planted=(pair, other)))) == 2
+    assert len(oracle_module.triggered_shots(replace(task, planted=(pair, other)))) == 2
     with pytest.raises(InputError, match="planted trigger"):
         oracle(replace(task, planted=()))
 

@@ -32,11 +32,29 @@ def commands() -> Iterator[tuple[ModuleType, ModuleType]]:
 
 
 @measured
-def test_document_and_picture_are_what_the_committed_lines_give() -> None:
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "evidence.py", "--check"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("script", ["evidence.py", "ablations.py"])
+def test_documents_and_picture_are_what_the_committed_lines_give(script: str) -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / script, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_is_left_out(
+    commands: tuple[ModuleType, ModuleType],
+) -> None:
+    import ablations  # beside `commands`
+
+    name = "cbpt_guard.bench.ablations:masked_only"
+    lines = [
+        line(defense=name, implant="sig", asr=0.5, pa=0.25, ca=0.5),
+        line(defense=name, implant="badnet", asr=0.0, pa=0.3, ca=0.6),
+        line(defense="cbpt", implant="sig", asr=0.1, pa=0.2, ca=0.7),
+    ]
+    rows = ablations.table(lines).splitlines()
+    assert rows[2] == "| what | CA | badnet: ASR | badnet: PA | sig: ASR | sig: PA |"
+    assert rows[4] == "| CBPT as it is: the switch, anchored rows | 70.0 | - | - | 10.0 | 20.0 |"
+    assert rows[5] == "| of the found triggers only the masked one | 55.0 | 0.0 | 30.0 | 50.0 | 25.0 |"
+    assert len(rows) == 6
+    assert ablations.table([]) == "No variant has been measured yet."
 
 
 def test_parts_are_filled_between_their_marks(commands: tuple[ModuleType, ModuleType]) -> None:

@@ -25,7 +25,7 @@ def oracle(task: Task, settings: OracleSettings = ORACLE) -> Defended:
     if not task.planted:
         raise InputError("the oracle trains with the planted trigger, and this task has none")
     shots = Shots.of(task, settings.held_out)
-    everything = FeatureSet(shot_features(task), _triggered(task), shots.labels)
+    everything = FeatureSet(shot_features(task), triggered_shots(task), shots.labels)
     kept, unseen = everything.part(shots.kept), everything.part(shots.unseen)
     targets = [task.shots.classes.index(pair.target) for pair in task.planted]
 
@@ -51,7 +51,7 @@ def mean_pa(logits: Logits, data: FeatureSet, targets: list[int]) -> float:
     return sum(found) / len(found)
 
 
-def _triggered(task: Task) -> Tensor:
+def triggered_shots(task: Task) -> Tensor:
     """Features of the shots under each planted trigger, (K, N, E)."""
     parts = []
     for pair in task.planted:

@@ -21,15 +21,15 @@ _PROMPTS = "purified.prompts"
 
 def cbpt(task: Task, settings: Settings = CBPT) -> Defended:
     """CBPT with the switch."""
-    return _defended(task, _purified(task, settings))
+    return _defended(task, purified_run(task, settings))
 
 
 def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
     """CBPT as the paper has it, every image answered from the tuned prompts; of the same run and epoch as `cbpt`."""
-    return _defended(task, _by_prompts(task, _purified(task, settings)))
+    return _defended(task, _by_prompts(task, purified_run(task, settings)))
 
 
-def _purified(task: Task, settings: Settings) -> PurifyRun:
+def purified_run(task: Task, settings: Settings) -> PurifyRun:
     """The task's run, made by whichever of the two defences comes first."""
     path = task.folder / _RUN
     if path.exists():

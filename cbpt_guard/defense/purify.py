@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,24 +10,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_places, prepare
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import Observed, observe
-from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.result import Outcome, write_result
 from cbpt_guard.defense.run import OURS, PurifyRun
 from cbpt_guard.defense.search import Findings, Search, adopt, searching
 from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together
-from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
-from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
+from cbpt_guard.defense.tuning import FeatureSet
+from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, measure
 from cbpt_guard.errors import SetupError
 from cbpt_guard.files import staged
 
@@ -139,28 +138,23 @@ class Purification:
         self._lap("features under found triggers")
 
         untuned = GuardedHead(self.original, self.original, test, self.data.classes, settings.rule.name)
-        epochs = self._tune(untuned, tuning_set, unseen_set, findings.bank)
-        least = (
-            clean_accuracy(self.original.logits(unseen_set.clean), unseen_set.labels) - settings.tuning.accuracy_slack
-        )
-        epoch = choose(epochs, least) if len(held) else epochs[-1]
-        guarded, prompts = anchored_rows(self.original, tuning_set, settings.anchor), epoch.rows
-        head = replace(untuned, guarded=self._head(guarded), prompts=self._head(prompts)).with_rule(settings.rule.name)
-        keeps_accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels) >= least
+        tuned = tuning_set.labels.unique()  # the classes that have images
+        prompts = ClassPrompts(self.clip, list(self.data.classes), job.template, tuned, settings.tuning.chunk)
+        chosen_on = unseen_set if len(held) else None
+        head, epoch = guard(prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress)
+        accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels)
+        keeps_accuracy = not len(held) or accuracy >= least_accuracy(self.original, unseen_set, settings)
         self._lap("stage 2: prompts")
 
         attacks = self._attacks(search, findings, observed, head, unseen_set, self.data.images[unseen])
         metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
-        verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy or not len(held))
+        verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
         self._lap("verdict")
 
         outcome = Outcome(findings, head, epoch, metrics, verdict, warnings, kept, held)
         write_result(self.prepared, outcome, self.seconds, self.folder)
         self.journal.remove()  # last: a full disk must not cost what was found
-
-    def _head(self, rows: Tensor) -> Head:
-        return Head(rows, self.original.scale, self.original.bias)
 
     def _observe(self) -> Observed:
         attack = self.prepared.observed
@@ -181,20 +175,6 @@ class Purification:
             f"triggered-{number}",
             lambda: encode(self.clip, self.data.images, trigger, stage=stage, progress=progress),
         )
-
-    def _tune(self, untuned: GuardedHead, tuning_set: FeatureSet, unseen: FeatureSet, bank: TriggerBank) -> list[Epoch]:
-        """Tune the classes that have images; every epoch as unseen images see it through the rule."""
-        settings, job, epochs = self.settings.tuning, self.prepared.job, list[Epoch]()
-        with_images = tuning_set.labels.unique()
-        prompts = ClassPrompts(self.clip, list(self.data.classes), job.template, with_images, settings.chunk)
-
-        def look(number: int, loss: float, rows: Tensor) -> None:
-            head = replace(untuned, guarded=self._head(rows))
-            epochs.append(look_at(head, number, rows, prompts.state(), unseen, bank))
-            self.progress(Step("prompts", number, settings.epochs, loss, epochs[-1].found_asr))
-
-        tune(prompts, self.original, tuning_set, settings, generator(job.seed, "tuning"), look)
-        return epochs
 
     def _attacks(
         self,

@@ -1,0 +1,99 @@
+"""Write docs/method.md's table of ablations from the committed lines.
+
+    python benchmarks/ablations.py            rewrites it
+    python benchmarks/ablations.py --check    exits 1 where a committed byte differs
+
+How the lines are measured stands in benchmarks/ablations.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from statistics import mean
+
+from evidence import committed
+from pages import filled
+
+from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
+from cbpt_guard.bench.plan import Plan
+from cbpt_guard.bench.suite import READS
+from cbpt_guard.bench.table import joined
+
+HERE = Path(__file__).parent
+LINES, PLAN = HERE / "ablations", HERE / "ablations.toml"
+PAGE = HERE.parent / "docs" / "method.md"
+WHOLE = {
+    "cbpt": "CBPT as it is: the switch, anchored rows",
+    "cbpt-prompts": "the paper's rule: the tuned prompts answer every image",
+    "clean-prompts": "the paper's rule without stage 1: prompts tuned on clean images alone",
+}
+"""The methods that the variants are held against, from the evidence's own lines."""
+
+
+def main() -> None:
+    """Parse the command, write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before, {"ablations": table(measured())})
+    if not parser.parse_args().check:
+        PAGE.write_text(after, encoding="utf-8")
+    elif before != after:
+        sys.exit(f"{PAGE.name} is not what the lines give; run python benchmarks/ablations.py")
+
+
+def measured() -> list[Line]:
+    """The variants' lines and, of the same attacks and seeds, those of the methods unchanged."""
+    own = [line for path in sorted(LINES.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
+    met = {(line.implant, line.seed, line.shots) for line in own}
+    whole = [
+        line
+        for line in committed()
+        if line.defense in WHOLE and line.attack not in (OFF, CONTROL) and (line.implant, line.seed, line.shots) in met
+    ]
+    return [*whole, *own]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown: a row for each variant, in the plan's order, a pair of columns for each attack."""
+    if not lines:
+        return "No variant has been measured yet."
+    attacks = [name for name in Plan.read(PLAN).implants if any(line.implant == name for line in lines)]
+    order = [*WHOLE, *(group.defense for group in Plan.read(PLAN).groups())]
+    head = ("what", "CA", *(f"{name}: {what}" for name in attacks for what in ("ASR", "PA")))
+    rows = [joined(_cells(name, lines, attacks)) for name in dict.fromkeys(order) if _of(lines, name)]
+    splits = " and ".join(sorted({f"`{line.split}`" for line in lines}))
+    seeds = len({line.seed for line in lines})
+    counted = f"In %, on {splits} images, {seeds} seed{'s' if seeds != 1 else ''}; CA is the mean over the attacks."
+    return "\n".join([counted, "", joined(head), joined(["---"] * len(head)), *rows])
+
+
+def _cells(name: str, lines: Sequence[Line], attacks: Sequence[str]) -> Iterator[str]:
+    own = _of(lines, name)
+    yield _what(name)
+    yield f"{100 * mean(line.ca for line in own):.1f}"
+    for attack in attacks:
+        here = [line for line in own if line.implant == attack]
+        for field in ("asr", "pa"):
+            yield f"{100 * mean(getattr(line, field) for line in here):.1f}" if here else "-"
+
+
+def _of(lines: Sequence[Line], name: str) -> list[Line]:
+    return [line for line in lines if line.defense == name]
+
+
+def _what(name: str) -> str:
+    """What a defence is, in its own words."""
+    if name in WHOLE:
+        return WHOLE[name]
+    about = inspect.getdoc(resolve_name(name)) or name
+    return about.partition("\n")[0].rstrip(".").lower()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""CBPT with one thing changed: what each part of the method is worth. Every variant is a defence for a plan.
+
+All take the found triggers of the task's own purified run, so that nothing but the named part differs; the test and
+the heads are fitted and chosen as `purify` does it. `cbpt` and `cbpt-prompts` are the methods unchanged, and
+`clean-prompts` is what is left without stage 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cbpt_guard.bench.oracle import triggered_shots
+from cbpt_guard.bench.purified import purified_run
+from cbpt_guard.bench.rival import Shots, shot_features
+from cbpt_guard.bench.settings import CBPT
+from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.flag import fit_test
+from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.head import GuardedHead, Rule
+from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.stage2 import guard
+from cbpt_guard.defense.tuning import FeatureSet
+
+_FOLDER = "ablations"
+_CONTEXTS = {2: "photo of {}.", 8: "this is a very good photo of a {}."}
+"""Templates whose words before the class name are so many tokens; they start the prompts, not the zero-shot head."""
+
+
+class SharedPrompts(ClassPrompts):
+    """One context for all classes, as CoOp has it: every class's copy gets the mean of their gradients."""
+
+    def backward(self, gradient: Tensor) -> None:
+        """Add to the contexts' gradients, given the loss's gradient (C, E) in `rows()`."""
+        super().backward(gradient)
+        (contexts,) = self.parameters()
+        if contexts.grad is not None:
+            contexts.grad[:] = contexts.grad.mean(0)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done otherwise.
+
+    Args:
+        families: of the found triggers that are kept; None keeps all.
+        true_trigger: the planted triggers take the place of the found ones.
+        kl_weight: of the term that holds the prompts near the zero-shot answers.
+        prompts: a context for each class, or one for all.
+        template: what the prompts start from, None for the task's own.
+        rule: which images are answered otherwise than by the zero-shot head.
+        answers: from which rows.
+    """
+
+    families: tuple[Family, ...] | None = None
+    true_trigger: bool = False
+    kl_weight: float = CBPT.tuning.kl_weight
+    prompts: type[ClassPrompts] = ClassPrompts
+    template: str | None = None
+    rule: Rule = "switch"
+    answers: Literal["anchored", "prompts"] = "anchored"
+
+
+def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
+    """CBPT's heads from the task's purified run, with one change."""
+    settings = settings.model_copy(
+        update={"tuning": settings.tuning.model_copy(update={"kl_weight": change.kl_weight})}
+    )
+    bank, triggered, suspects = _triggers(task, change, settings)
+    shots = Shots.of(task, settings.tuning.held_out)
+    everything = FeatureSet(shot_features(task), triggered, shots.labels)
+    data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
+    test = fit_test(data, bank, suspects, task.original, {}, settings.rule)
+    untuned = GuardedHead(task.original, task.original, test, task.shots.classes, settings.rule.name)
+    template = change.template or task.template
+    names = list(task.shots.classes)
+    prompts = change.prompts(task.clip, names, template, data.labels.unique(), settings.tuning.chunk)
+    head, _ = guard(prompts, untuned, data, unseen, bank, settings, task.seed, task.progress)
+    rows = head.prompts if change.answers == "prompts" and head.prompts is not None else head.guarded
+    return Defended(task.clip, replace(head, guarded=rows, prompts=None, rule=change.rule).answer)
+
+
+def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBank, Tensor, list[int]]:
+    """The triggers to tune with, the shots' features (K, N, E) under each, and the suspected classes."""
+    run = purified_run(task, settings)
+    if change.true_trigger:
+        targets = [task.shots.classes.index(pair.target) for pair in task.planted]
+        planted = tuple(FoundTrigger("additive", target, torch.zeros(3, 1, 1), None) for target in targets)
+        return TriggerBank(planted), triggered_shots(task), targets
+    folder = task.folder / _FOLDER
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder, {"run": run.record.created})
+    numbered = [(k, t) for k, t in enumerate(run.bank()) if change.families is None or t.family in change.families]
+    parts = [journal.tensor(f"{k}", lambda t=t: encode(task.clip, task.shots.images, t)) for k, t in numbered]  # type: ignore[misc]
+    features = shot_features(task)
+    triggered = torch.stack(parts) if parts else features.new_zeros(0, *features.shape)
+    return TriggerBank(tuple(t for _, t in numbered)), triggered, [suspect.index for suspect in run.record.suspects]
+
+
+def additive_only(task: Task) -> Defended:
+    """Of the found triggers only what adds within the budget."""
+    return ablated(task, Change(families=("additive",)))
+
+
+def masked_only(task: Task) -> Defended:
+    """Of the found triggers only the masked one."""
+    return ablated(task, Change(families=("masked",)))
+
+
+def no_warp(task: Task) -> Defended:
+    """Without the family of warps."""
+    return ablated(task, Change(families=("additive", "masked", "wave")))
+
+
+def no_wave(task: Task) -> Defended:
+    """Without plain waves in the bank; they may still have told the target."""
+    return ablated(task, Change(families=("additive", "masked", "warp")))
+
+
+def true_trigger(task: Task) -> Defended:
+    """With the planted triggers in place of the found ones."""
+    return ablated(task, Change(true_trigger=True))
+
+
+def switch_prompts(task: Task) -> Defended:
+    """The switch, but triggered images are answered from the tuned prompts instead of anchored rows."""
+    return ablated(task, Change(answers="prompts"))
+
+
+def anchored_alone(task: Task) -> Defended:
+    """Anchored rows answer every image: without the switch."""
+    return ablated(task, Change(rule="prompts"))
+
+
+def prompts_no_kl(task: Task) -> Defended:
+    """The paper's rule without the KL term."""
+    return ablated(task, Change(kl_weight=0.0, rule="prompts", answers="prompts"))
+
+
+def prompts_shared(task: Task) -> Defended:
+    """The paper's rule with one context for all classes."""
+    return ablated(task, Change(prompts=SharedPrompts, rule="prompts", answers="prompts"))
+
+
+def prompts_2_tokens(task: Task) -> Defended:
+    """The paper's rule with contexts of 2 tokens instead of 4."""
+    return ablated(task, Change(template=_CONTEXTS[2], rule="prompts", answers="prompts"))
+
+
+def prompts_8_tokens(task: Task) -> Defended:
+    """The paper's rule with contexts of 8 tokens instead of 4."""
+    return ablated(task, Change(template=_CONTEXTS[8], rule="prompts", answers="prompts"))

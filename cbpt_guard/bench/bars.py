@@ -1,0 +1,142 @@
+"""The guard against its bars, and its verdicts against the truth: what CBPT is held to, computed from lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
+from typing import NamedTuple
+
+from cbpt_guard.bench.lines import CONTROL, OFF, Line
+from cbpt_guard.bench.table import CEILING, OURS, joined
+
+SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
+"""A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
+_SHOTS, _FEW = 16, 4
+
+
+class Bar(NamedTuple):
+    """One bar: what is measured, how far it may go, and the measured numbers as text; None where lines are missing."""
+
+    what: str
+    must: str
+    measured: str
+    kept: bool
+
+
+class Attack(NamedTuple):
+    """CBPT's lines of one attack over the seeds, and the oracle's of the same."""
+
+    name: str
+    ours: list[Line]
+    oracle: list[Line]
+
+    def mean(self, value: Callable[[Line], float]) -> float:
+        """Over CBPT's seeds, in points."""
+        return _points(mean(map(value, self.ours)))
+
+    def ceiling(self, value: Callable[[Line], float]) -> float:
+        """Over the oracle's seeds, in points."""
+        return _points(mean(map(value, self.oracle)))
+
+
+def bars(lines: Sequence[Line]) -> str:
+    """Markdown, a table for each data set; every attack that took counts, each by the mean over its seeds."""
+    parts = []
+    for dataset in dict.fromkeys(line.dataset for line in lines):
+        here = [line for line in lines if line.dataset == dataset]
+        found = list(_bars(here))
+        if found:
+            head = ("what", "must", "measured", "kept")
+            rows = [joined((bar.what, bar.must, bar.measured, "yes" if bar.kept else "**no**")) for bar in found]
+            count = len(attacks(here, _SHOTS))
+            title = f"**{dataset}**, {count} attack{'s' if count != 1 else ''}, in %"
+            parts.append("\n".join([title, "", joined(head), joined(["---"] * len(head)), *rows]))
+    return "\n\n".join(parts) if parts else "No attack has been measured yet."
+
+
+def attacks(lines: Sequence[Line], shots: int) -> list[Attack]:
+    """The attacks that took and that CBPT was run against, in the order of the lines."""
+    counted = [line for line in lines if line.attack not in (OFF, CONTROL) and line.took is not False]
+
+    def by(defense: str, name: str, shots: int) -> list[Line]:
+        return [line for line in counted if (line.defense, line.implant, line.shots) == (defense, name, shots)]
+
+    names = dict.fromkeys(line.implant for line in counted if line.defense == OURS and line.shots == shots)
+    return [Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS)) for name in names]
+
+
+def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
+    found = attacks(lines, _SHOTS)
+    if not found:
+        return
+    asr = [attack.mean(lambda line: line.asr_worst) for attack in found]
+    kept = mean(asr) <= 1.5 and max(asr) <= 3
+    yield _bar("ASR, mean and worst", "1.5 and 3", (mean(asr), max(asr)), kept)
+    ca = [attack.mean(lambda line: line.ca - line.undefended.ca) for attack in found]
+    kept = mean(ca) >= -0.5 and min(ca) >= -1.5
+    yield _bar("CA less the undefended one, mean and worst", "-0.5 and -1.5", (mean(ca), min(ca)), kept)
+    recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
+    yield _bar("target's recall less the undefended one, mean", "-5", (mean(recall),), mean(recall) >= -5)
+    yield from _against_the_oracle([attack for attack in found if attack.oracle])
+    control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
+    if control:
+        cost = _points(mean(line.ca - line.undefended.ca for line in control))
+        yield _bar("CA less the undefended one, clean model", "-0.5", (cost,), cost >= -0.5)
+    few = [attack.mean(lambda line: line.asr_worst) for attack in attacks(lines, _FEW)]
+    if few:
+        yield _bar(f"ASR with {_FEW} shots, mean of {len(few)}", "5", (mean(few),), mean(few) <= 5)
+
+
+def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
+    """PA of 90 % of the oracle's or within a point of it, and the largest share."""
+    if not found:
+        return
+    pa, most = mean(a.mean(lambda line: line.pa) for a in found), mean(a.ceiling(lambda line: line.pa) for a in found)
+    reached = 100 * pa / most if most else 100.0
+    yield _bar("PA, mean; the oracle's; the share of it", "90 % of it or within 1", (pa, most, reached),
+               reached >= 90 or pa >= most - 1)  # fmt: skip
+    short = [a.name for a in found if not _near(a)]
+    text = ", ".join(short) or "none"
+    yield Bar("attacks whose PA is short of that", "none", text, not short)
+    shares = [a.mean(lambda line: line.max_share) / a.ceiling(lambda line: line.max_share) for a in found]
+    worst = max(range(len(found)), key=shares.__getitem__)
+    text = f"{shares[worst]:.1f} times ({found[worst].name})"
+    yield Bar("largest share on triggered images, over the oracle's, worst", "1.5 times", text, shares[worst] <= 1.5)
+
+
+def _points(share: float) -> float:
+    """In percentage points, without what floating point adds to a difference of decimal fractions."""
+    return round(100 * share, 9)
+
+
+def _near(attack: Attack) -> bool:
+    pa, most = attack.mean(lambda line: line.pa), attack.ceiling(lambda line: line.pa)
+    return pa >= 0.9 * most or pa >= most - 1
+
+
+def _bar(what: str, must: str, numbers: Sequence[float], kept: bool) -> Bar:
+    return Bar(what, must, ", ".join(f"{number:.1f}" for number in numbers), kept)
+
+
+def verdicts(lines: Sequence[Line]) -> str:
+    """Markdown: how often CBPT's verdict was said of runs that succeeded and of runs that did not."""
+    runs = [line for line in lines if line.defense == OURS and line.took and line.attack != OFF]
+    if not runs:
+        return "No run has been measured yet."
+    good = {verdict: sum(_succeeded(run) for run in runs if run.verdict == verdict) for verdict in _said(runs)}
+    all_of = {verdict: sum(run.verdict == verdict for run in runs) for verdict in good}
+    head = ("verdict", "succeeded", "did not")
+    rows = [joined((str(verdict), str(good[verdict]), str(all_of[verdict] - good[verdict]))) for verdict in good]
+    false = [run for run in runs if run.verdict == "guarded" and run.asr_worst > SUCCESS_ASR]
+    named = f" ({', '.join(dict.fromkeys(run.implant for run in false))})" if false else ""
+    said = f"*guarded* was said {len(false)} times above an ASR of {100 * SUCCESS_ASR:g} %{named}"
+    share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
+    return "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
+
+
+def _said(runs: Sequence[Line]) -> list[str | None]:
+    return list(dict.fromkeys(run.verdict for run in runs))
+
+
+def _succeeded(run: Line) -> bool:
+    return run.asr_worst <= SUCCESS_ASR and run.ca >= run.undefended.ca - SUCCESS_LOSS

@@ -1,0 +1,74 @@
+"""Stage 2 as a recipe: prompts tuned, an epoch chosen, rows anchored, and the head that the rule asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from cbpt_guard.defense.anchored import anchored_rows
+from cbpt_guard.defense.found import TriggerBank
+from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.progress import Progress, Step
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
+from cbpt_guard.defense.verdict import clean_accuracy, look_at
+
+
+def guard(
+    prompts: ClassPrompts,
+    untuned: GuardedHead,
+    data: FeatureSet,
+    unseen: FeatureSet | None,
+    bank: TriggerBank,
+    settings: Settings,
+    seed: int,
+    progress: Progress,
+) -> tuple[GuardedHead, Epoch]:
+    """The guarded head, and the epoch of prompt tuning that it holds.
+
+    Args:
+        prompts: at their start; they are changed.
+        untuned: the zero-shot head twice, with the test for triggered images and the rule.
+        data: what is tuned on.
+        unseen: what the epoch is chosen on; None takes the last.
+        bank: the triggers of both, in their order.
+    """
+    epochs = _tuned(prompts, untuned, data, unseen or data, bank, settings, seed, progress)
+    epoch = epochs[-1] if unseen is None else choose(epochs, least_accuracy(untuned.original, unseen, settings))
+    rows = anchored_rows(untuned.original, data, settings.anchor)
+    both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, epoch.rows))
+    return both.with_rule(settings.rule.name), epoch
+
+
+def least_accuracy(original: Head, unseen: FeatureSet, settings: Settings) -> float:
+    """The clean accuracy to keep: the zero-shot one less the slack."""
+    return clean_accuracy(original.logits(unseen.clean), unseen.labels) - settings.tuning.accuracy_slack
+
+
+def _tuned(
+    prompts: ClassPrompts,
+    untuned: GuardedHead,
+    data: FeatureSet,
+    unseen: FeatureSet,
+    bank: TriggerBank,
+    settings: Settings,
+    seed: int,
+    progress: Progress,
+) -> list[Epoch]:
+    """Every epoch as unseen images see it through the rule."""
+    epochs = list[Epoch]()
+
+    def look(number: int, loss: float, rows: Tensor) -> None:
+        head = replace(untuned, guarded=_head(untuned, rows))
+        epochs.append(look_at(head, number, rows, prompts.state(), unseen, bank))
+        progress(Step("prompts", number, settings.tuning.epochs, loss, epochs[-1].found_asr))
+
+    tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
+    return epochs
+
+
+def _head(untuned: GuardedHead, rows: Tensor) -> Head:
+    return Head(rows, untuned.original.scale, untuned.original.bias)

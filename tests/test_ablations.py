@@ -1,0 +1,118 @@
+"""Ablations: one that changes nothing is CBPT itself, each other changes the answers, and none is there twice."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from quick_cbpt import SETTINGS
+from torch import Tensor
+
+from cbpt_guard.bench import ablations
+from cbpt_guard.bench.ablations import Change, SharedPrompts, ablated
+from cbpt_guard.bench.oracle import triggered_shots
+from cbpt_guard.bench.purified import cbpt, cbpt_prompts
+from cbpt_guard.bench.rival import shot_features
+from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.data import list_images, load_images
+from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.suspect import zero_shot_head
+from cbpt_guard.defense.triggers import PlantedTrigger
+from cbpt_guard.defense.tuning import FeatureSet, tune
+
+if TYPE_CHECKING:
+    from digits import DigitsSuspect
+
+TEMPLATE = "a photo of a {}."
+PAPER = {"rule": "prompts", "answers": "prompts"}
+
+
+@pytest.fixture(scope="module")
+def task(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = tmp_path_factory.mktemp("cell")
+    listing = list_images(digits_suspect.data).drawn(8, 0)
+    with (folder / "shots.csv").open("w", newline="") as file:
+        pairs = zip(listing.classes, listing.files, strict=True)
+        csv.writer(file).writerows([("path", "label"), *((path, name) for name, files in pairs for path in files)])
+    clip = digits_suspect.clip
+    return Task(
+        clip=clip,
+        original=zero_shot_head(clip, listing.classes, TEMPLATE),
+        shots=load_images(listing, clip.preprocess),
+        checkpoint=digits_suspect.checkpoint,
+        listing=folder / "shots.csv",
+        template=TEMPLATE,
+        seed=0,
+        folder=folder,
+        planted=(PlantedTrigger(digits_suspect.trigger, listing.classes[digits_suspect.target]),),
+    )
+
+
+@pytest.fixture(scope="module")
+def unchanged(task: Task) -> tuple[Defended, Defended]:
+    """The switch and the paper's rule, of one purified run."""
+    return cbpt(task, SETTINGS), cbpt_prompts(task, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def features(task: Task) -> Tensor:
+    """Clean and triggered ones."""
+    return torch.cat([shot_features(task), *triggered_shots(task)])
+
+
+@pytest.mark.parametrize(("number", "change"), [(0, Change()), (1, Change(**PAPER))], ids=["switch", "prompts"])
+def test_one_that_changes_nothing_answers_as_the_run_does(
+    unchanged: tuple[Defended, Defended], task: Task, features: Tensor, number: int, change: Change
+) -> None:
+    wanted, found = unchanged[number].answer(features), ablated(task, change, SETTINGS).answer(features)
+    assert wanted.triggered.any()
+    assert torch.equal(found.triggered, wanted.triggered)
+    assert found.logits.allclose(wanted.logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Change(families=("masked",)),
+        Change(true_trigger=True),
+        Change(answers="prompts"),
+        Change(rule="prompts"),
+        Change(kl_weight=0.0, **PAPER),
+        Change(prompts=SharedPrompts, **PAPER),
+        Change(template="photo of {}.", **PAPER),
+    ],
+    ids=["families", "true trigger", "switch with prompts", "anchored alone", "no KL", "shared context", "2 tokens"],
+)
+def test_every_other_one_changes_the_answers(
+    unchanged: tuple[Defended, Defended], task: Task, features: Tensor, change: Change
+) -> None:
+    found = ablated(task, change, SETTINGS).answer(features).logits
+    for ours in unchanged:
+        assert not found.allclose(ours.answer(features).logits, atol=1e-2)
+
+
+def test_shared_prompts_stay_one_context(task: Task) -> None:
+    names = list(task.shots.classes)
+    prompts = SharedPrompts(task.clip, names, task.template, torch.arange(len(names)))
+    features = shot_features(task)
+    data = FeatureSet(features, features.new_zeros(0, *features.shape), task.shots.labels)
+    before = prompts.state()
+    tune(prompts, task.original, data, SETTINGS.tuning, generator(0, "shared"), lambda *seen: None)
+    after = prompts.state()
+    assert not torch.equal(after, before)
+    assert after.allclose(after[:1], atol=1e-6)
+
+
+def test_the_variants_differ_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[Change] = []
+    monkeypatch.setattr(ablations, "ablated", lambda task, change: changes.append(change))
+    own = [f for f in vars(ablations).values() if inspect.isfunction(f) and f.__module__ == ablations.__name__]
+    variants = [f for f in own if list(inspect.signature(f).parameters) == ["task"]]
+    for variant in variants:
+        variant(None)
+    assert len(variants) >= 10
+    assert len(set(changes)) == len(changes) == len(variants)
+    assert Change() not in changes

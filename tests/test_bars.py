@@ -1,0 +1,122 @@
+"""The guard against its bars and verdicts against the truth, by lines whose every share is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lines import SHARES, line
+
+from cbpt_guard.bench.bars import attacks, bars, verdicts
+from cbpt_guard.bench.lines import Line, Shares
+
+
+def cbpt(name: str = "badnet", **given: Any) -> Line:
+    shares = {"ca": 0.5, "asr": 0.01, "pa": 0.4, "max_share": 0.03, "target_recall": 0.4} | given
+    return line(implant=name, defense="cbpt", verdict=shares.pop("verdict", "guarded"), **shares)
+
+
+def oracle(name: str = "badnet", **given: Any) -> Line:
+    return line(implant=name, defense="oracle", **({"pa": 0.42, "max_share": 0.02} | given))
+
+
+def row(text: str, what: str) -> tuple[str, str]:
+    """The measured numbers of a bar, and whether it is kept."""
+    (found,) = [cells for cells in (part.strip("| ").split(" | ") for part in text.splitlines()) if cells[0] == what]
+    return found[2], found[3]
+
+
+ASR = "ASR, mean and worst"
+CA = "CA less the undefended one, mean and worst"
+PA = "PA, mean; the oracle's; the share of it"
+
+
+@pytest.mark.parametrize(
+    ("asrs", "measured", "kept"),
+    [
+        ((0.01, 0.02), "1.5, 2.0", "yes"),
+        ((0.01, 0.021), "1.6, 2.1", "**no**"),
+        ((0.0, 0.0, 0.031), "1.0, 3.1", "**no**"),
+    ],
+    ids=["at the bound", "the mean", "the worst"],
+)
+def test_attacks_are_means_over_seeds_and_the_worst_is_the_worst_of_them(
+    asrs: tuple[float, ...], measured: str, kept: str
+) -> None:
+    lines = [cbpt(f"attack {number}", asr=asr, seed=seed) for number, asr in enumerate(asrs) for seed in (0, 1)]
+    assert row(bars(lines), ASR) == (measured, kept)
+
+
+def test_seeds_are_averaged_before_attacks_are_compared() -> None:
+    lines = [cbpt(asr=0.0), cbpt(asr=0.04, seed=1), cbpt("sig", asr=0.01)]
+    assert row(bars(lines), ASR) == ("1.5, 2.0", "yes")
+
+
+@pytest.mark.parametrize(("cas", "kept"), [((0.5, 0.49), "yes"), ((0.49, 0.489), "**no**"), ((0.54, 0.484), "**no**")])
+def test_accuracy_is_held_against_the_undefended_one(cas: tuple[float, ...], kept: str) -> None:
+    lines = [cbpt(f"attack {number}", ca=ca) for number, ca in enumerate(cas)]
+    assert SHARES["ca"] == 0.5
+    assert row(bars(lines), CA)[1] == kept
+
+
+@pytest.mark.parametrize(("recall", "kept"), [(0.35, "yes"), (0.34, "**no**")])
+def test_the_targets_recall(recall: float, kept: str) -> None:
+    assert row(bars([cbpt(target_recall=recall)]), "target's recall less the undefended one, mean")[1] == kept
+
+
+@pytest.mark.parametrize(
+    ("pa", "most", "measured", "kept", "short"),
+    [
+        (0.38, 0.42, "38.0, 42.0, 90.5", "yes", "none"),
+        (0.37, 0.42, "37.0, 42.0, 88.1", "**no**", "badnet"),
+        (0.05, 0.06, "5.0, 6.0, 83.3", "yes", "none"),
+    ],
+    ids=["nine tenths", "less", "within a point"],
+)
+def test_poisoned_accuracy_is_held_against_the_oracles(
+    pa: float, most: float, measured: str, kept: str, short: str
+) -> None:
+    text = bars([cbpt(pa=pa), oracle(pa=most)])
+    assert row(text, PA) == (measured, kept)
+    assert row(text, "attacks whose PA is short of that")[0] == short
+
+
+def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
+    lines = [cbpt(), oracle(), cbpt("sig", max_share=0.05), oracle("sig")]
+    share = "largest share on triggered images, over the oracle's, worst"
+    assert row(bars(lines[:2]), share) == ("1.5 times (badnet)", "yes")
+    assert row(bars(lines), share) == ("2.5 times (sig)", "**no**")
+    clean = cbpt(attack="none", took=None, ca=0.494)
+    assert row(bars([*lines, clean]), "CA less the undefended one, clean model") == ("-0.6", "**no**")
+    few = [cbpt(shots=4, asr=0.02), cbpt("sig", shots=4, asr=0.07)]
+    assert row(bars([*lines, *few]), "ASR with 4 shots, mean of 2") == ("4.5", "yes")
+    assert row(bars([*lines, *few]), ASR)[0] == "1.0, 1.0"
+
+
+def test_what_did_not_take_what_is_off_and_rivals_do_not_count() -> None:
+    others = [cbpt("weak", took=False), cbpt("other", attack="off"), line(implant="sig", defense="probe")]
+    assert [attack.name for attack in attacks([cbpt(), *others], 16)] == ["badnet"]
+    assert "No attack" in bars(others)
+    assert "No run" in verdicts(others)
+
+
+def test_the_worst_pair_counts_where_there_are_several_targets() -> None:
+    assert row(bars([cbpt(asr=0.01, asr_worst=0.02)]), ASR)[0] == "2.0, 2.0"
+
+
+def test_verdicts_against_the_truth() -> None:
+    lost = Shares(**(SHARES | {"ca": 0.53}))
+    runs = [
+        cbpt(),
+        cbpt("sig", asr=0.05),
+        cbpt("wanet", asr=0.051),
+        cbpt("two", verdict="not guarded", asr=0.5),
+        cbpt("filter", verdict="not guarded"),
+        cbpt("blended", verdict="unverified", undefended=lost),
+    ]
+    text = verdicts(runs)
+    assert "| guarded | 2 | 1 |" in text
+    assert "| not guarded | 1 | 1 |" in text
+    assert "| unverified | 0 | 1 |" in text
+    assert "said 1 times above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
+    assert "said 0 times above an ASR of 5 %, and of 2 of 2 runs" in verdicts(runs[:2])
