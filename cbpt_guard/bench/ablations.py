@@ -112,14 +112,14 @@ def masked_only(task: Task) -> Defended:
     return ablated(task, Change(families=("masked",)))
 
 
-def no_warp(task: Task) -> Defended:
-    """Without the family of warps."""
+def no_smooth(task: Task) -> Defended:
+    """Without warps and tints."""
     return ablated(task, Change(families=("additive", "masked", "wave")))
 
 
 def no_wave(task: Task) -> Defended:
     """Without plain waves in the bank; they may still have told the target."""
-    return ablated(task, Change(families=("additive", "masked", "warp")))
+    return ablated(task, Change(families=("additive", "masked", "warp", "tint")))
 
 
 def true_trigger(task: Task) -> Defended:

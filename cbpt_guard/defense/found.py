@@ -15,21 +15,22 @@ from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.defense.smooth import tinted
 from cbpt_guard.defense.warp import moved
 from cbpt_guard.errors import InputError
 
-Inverted = Literal["additive", "masked", "warp"]
+Inverted = Literal["additive", "masked", "warp", "tint"]
 """Families that an inversion can make."""
-Family = Literal["additive", "masked", "warp", "wave"]
+Family = Literal["additive", "masked", "warp", "tint", "wave"]
 
 
 @dataclass(frozen=True)
 class FoundTrigger:
     """A trigger that inversion found toward class `target`.
 
-    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p + pattern(p)).
-    `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right and down; `mask` (1, S, S) in [0, 1], None for
-    all but the masked.
+    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p + pattern(p));
+    tint: x' = clip(gain x + offset). `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right and down, for
+    a tint (6, S, S), gains and offsets; `mask` (1, S, S) in [0, 1], None for all but the masked.
     """
 
     family: Family
@@ -41,6 +42,8 @@ class FoundTrigger:
         """Triggered pixels (N, 3, S, S) of clean ones, both in [0, 1]; differentiable."""
         if self.family == "warp":
             return moved(pixels, self.pattern)
+        if self.family == "tint":
+            return tinted(pixels, self.pattern)
         if self.mask is None:
             return (pixels + self.pattern).clamp(0, 1)
         return torch.lerp(pixels, self.pattern, self.mask)

@@ -23,8 +23,13 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.settings import InversionSettings
 
+SMOOTH: tuple[Inverted, ...] = ("warp", "tint")
+"""Families that fit the backdoors they fit at once; toward other targets they are given up halfway."""
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
+
+
+_HOPE = 0.5  # ASR below which a smooth change is given up after half of its steps
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def invert_toward(
             loss = loss + paid
         optimiser.step()
         report(step + 1, steps, loss.item(), asr)
+        if family in SMOOTH and 2 * (step + 1) == steps and asr < _HOPE:
+            break
     return pattern.value(target).detached()
 
 

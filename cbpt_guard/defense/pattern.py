@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, Inverted
 from cbpt_guard.defense.settings import InversionSettings
-from cbpt_guard.defense.warp import smooth
+from cbpt_guard.defense.smooth import smooth
 
 
 class Pattern:
@@ -15,7 +15,7 @@ class Pattern:
 
     additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M). With a `budget` the mask
     is scaled down to that mean area wherever it exceeds it. warp: displacements a tanh(P) at few control points, which
-    keeps them as smooth as WaNet's.
+    keeps them as smooth as WaNet's. tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few control points.
     """
 
     def __init__(
@@ -28,9 +28,12 @@ class Pattern:
     ) -> None:
         self.family = family
         self._size, self._settings, self._budget = size, settings, budget
-        points = (2, settings.warp_points, settings.warp_points)
-        shape = points if family == "warp" else (3, size, size)
-        self.paint = (0.5 * torch.randn(shape, generator=generator)).requires_grad_()
+        shape = {
+            "warp": (2, settings.warp_points, settings.warp_points),
+            "tint": (6, settings.tint_points, settings.tint_points),
+        }.get(family, (3, size, size))
+        spread = 0.1 if family == "tint" else 0.5  # strong tints leave the gradients little to go by
+        self.paint = (spread * torch.randn(shape, generator=generator)).requires_grad_()
         # a mask that starts at about a quarter everywhere lets gradients reach every place
         self.mask = (0.1 * torch.randn(1, size, size, generator=generator) - 1).requires_grad_()
 
@@ -45,6 +48,10 @@ class Pattern:
         if self.family == "warp":
             farthest = self._settings.warp_shift * self._size
             return FoundTrigger("warp", target, smooth(farthest * torch.tanh(self.paint), self._size), None)
+        if self.family == "tint":
+            gain, offset = torch.tanh(self.paint).split(3)
+            control = torch.cat([1 + self._settings.tint_gain * gain, self._settings.tint_offset * offset])
+            return FoundTrigger("tint", target, smooth(control, self._size), None)
         mask = torch.sigmoid(self.mask)
         if self._budget is not None:
             mask = mask * (self._budget / mask.mean()).clamp(max=1)

@@ -14,8 +14,8 @@ from cbpt_guard.defense.trigger import checkerboard
 
 
 def as_image(trigger: FoundTrigger) -> Image.Image:
-    """What the trigger does to a mid-grey image, a warp to a checkerboard; what adds is stretched to full range."""
-    if trigger.family == "warp":
+    """What the trigger does to a grey image, warps and tints to a checkerboard; what adds is stretched to the range."""
+    if trigger.family in ("warp", "tint"):
         board = torch.from_numpy(checkerboard(trigger.pattern.shape[-1]))
         return to_image(trigger.apply(to_pixels(board[None]))[0])
     grey = torch.full((1, *trigger.pattern.shape), 0.5)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import CleanSet, invert_agnostic, scan_images
+from cbpt_guard.defense.inversion import SMOOTH, CleanSet, invert_agnostic, scan_images
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
@@ -23,7 +23,7 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.defense.waves import heard_images
 
-_TRIGGERS = 4  # masked, additive, warp and agnostic toward one suspect, the usual bank
+_TRIGGERS = 4  # masked, additive, agnostic and a smooth one toward one suspect, at most the usual bank
 
 
 class Plan(BaseModel):
@@ -113,7 +113,7 @@ def _expected(
         + _scanned(stage1, classes) * backward
         + heard_images(size, stage1) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
-        + 2 * stage1.additive_steps * stage1.batch * backward
+        + (1 + len(SMOOTH) / 2) * stage1.additive_steps * stage1.batch * backward
     )
     return {
         "features": (kept + held) * forward,

@@ -13,7 +13,7 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet, Report, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.inversion import SMOOTH, CleanSet, Report, invert_agnostic, invert_toward, scan_targets
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
 from cbpt_guard.defense.progress import Progress, Step
@@ -27,7 +27,7 @@ from cbpt_guard.errors import InputError
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 _SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
-_WARPS = 0.5  # ASR from which a warp tells where triggered images lie: one that moves no answer looks like clean images
+_SMOOTH_ASR = 0.9  # from which warps and tints tell where triggered images lie: a weak one blurs the test for them
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -212,9 +212,9 @@ class Search:
 
     def _bank(self, targets: Sequence[int]) -> TriggerBank:
         agnostic = self._agnostic()
-        families: tuple[Inverted, ...] = ("masked", "additive", "warp")
+        families: tuple[Inverted, ...] = ("masked", "additive", *SMOOTH)
         made = self.toward([(c, family) for c in targets for family in families])
-        triggers = [one for one in made if one.family != "warp" or self._reached(one)[one.target] >= _WARPS]
+        triggers = [one for one in made if one.family not in SMOOTH or self._reached(one)[one.target] >= _SMOOTH_ASR]
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from cbpt_guard.defense.smooth import smooth
 from cbpt_guard.defense.trigger import TriggerParams, checked, example, rounded, write_picture
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
@@ -28,11 +29,6 @@ _Shifts = Annotated[tuple[_Shift, ...], Field(min_length=4, max_length=_MOST_CON
 class _WarpParams(TriggerParams):
     down: _Shifts
     right: _Shifts
-
-
-def smooth(control: Tensor, size: int) -> Tensor:
-    """Displacements (2, S, S), bicubic between those (2, k, k) at control points that span the image."""
-    return F.interpolate(control[None], (size, size), mode="bicubic", align_corners=True)[0]
 
 
 def flow(shifts: Tensor) -> Tensor:

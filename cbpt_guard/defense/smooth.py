@@ -1,0 +1,21 @@
+"""Changes that are smooth over the image: values bicubic between few control points, and tints made of them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def smooth(control: Tensor, size: int) -> Tensor:
+    """Values (N, S, S), bicubic between those (N, k, k) at control points that span the image."""
+    return F.interpolate(control[None], (size, size), mode="bicubic", align_corners=True)[0]
+
+
+def tinted(pixels: Tensor, tint: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) in [0, 1] by a tint (6, S, S): each colour's gain, then each colour's offset, at every place.
+
+    What light, a colour cast, a fade or a vignette do to a photograph, to first order; differentiable in the tint.
+    """
+    gain, offset = tint.split(3)
+    changed: Tensor = (pixels * gain + offset).clamp(0, 1)
+    return changed
