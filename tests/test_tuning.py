@@ -15,7 +15,7 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
-from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune, tuning_loss
+from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, loss_and_gradient, tune, tuning_loss
 
 C, N = len(NAMES), 40
 ALL = torch.arange(C)
@@ -51,6 +51,22 @@ def run(
     prompts = ClassPrompts(clip, NAMES, TEMPLATE, tuned, settings.chunk)
     tune(prompts, original, data, settings, generator(seed, "t"), lambda epoch, loss, rows: seen.append(rows))
     return seen
+
+
+@pytest.mark.parametrize(("kind", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_a_few_images_at_a_time_give_the_loss_and_the_gradient_of_all(
+    original: Head, data: FeatureSet, kind: torch.dtype, close: float
+) -> None:
+    """300 images are two whole parts and a rest."""
+    many = torch.arange(300) % N
+    head = Head(original.rows.to(kind), original.scale)
+    whole = FeatureSet(data.clean[many].to(kind), data.triggered[:, many].to(kind), data.labels[many])
+    whole = whole.part(torch.arange(299, -1, -1))
+    rows = (head.rows + 0.1).requires_grad_()
+    wanted = tuning_loss(rows, head, whole, TuningSettings())
+    loss, gradient = loss_and_gradient(rows.detach(), head, whole, TuningSettings())
+    assert loss == pytest.approx(wanted.item(), rel=close)
+    assert gradient.allclose(torch.autograd.grad(wanted, rows)[0], atol=close, rtol=close)
 
 
 def test_the_loss_is_the_formula_of_the_method(original: Head, data: FeatureSet) -> None:

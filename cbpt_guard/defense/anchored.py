@@ -14,6 +14,9 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import AnchorSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
+_PART = 512  # images whose logits are in memory at once, so that it hardly grows with the classes
+_HISTORY = 10  # pairs of tensors as large as all rows
+
 
 def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) -> Tensor:
     """Rows (C, E), no unit vectors any more, that minimise over clean and triggered images together
@@ -24,18 +27,24 @@ def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) ->
     """  # fmt: skip
     features = torch.cat([data.clean, data.triggered.flatten(0, 1)])
     labels = data.labels.repeat(1 + len(data.triggered))
+    parts = list(zip(features.split(_PART), labels.split(_PART), strict=True))
     moving = data.labels.unique()
     start = original.scale * original.rows
     moved = torch.zeros(len(moving), start.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([moved], max_iter=settings.iterations, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [moved], max_iter=settings.iterations, history_size=_HISTORY, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        rows = start.index_add(0, moving, moved)
-        penalty = (moved**2).sum() / (2 * settings.strength)
-        value = (F.cross_entropy(features @ rows.T, labels, reduction="sum") + penalty) / len(labels)
+        value = (moved**2).sum() / (2 * settings.strength * len(labels))
         value.backward()
-        return value
+        for part, wanted in parts:
+            rows = start.index_add(0, moving, moved)
+            fit = F.cross_entropy(part @ rows.T, wanted, reduction="sum") / len(labels)
+            fit.backward()
+            value = value + fit
+        return value.detach()
 
     optimiser.step(loss)
     return original.rows.index_add(0, moving, moved.detach() / original.scale)

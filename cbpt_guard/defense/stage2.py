@@ -36,8 +36,7 @@ def guard(
         unseen: what the epoch is chosen on; None takes the last.
         bank: the triggers of both, in their order.
     """
-    epochs = _tuned(prompts, untuned, data, unseen or data, bank, settings, seed, progress)
-    epoch = epochs[-1] if unseen is None else choose(epochs, least_accuracy(untuned.original, unseen, settings))
+    epoch = _tuned(prompts, untuned, data, unseen, bank, settings, seed, progress)
     rows = anchored_rows(untuned.original, data, settings.anchor)
     both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, epoch.rows))
     return both.with_rule(settings.rule.name), epoch
@@ -52,22 +51,24 @@ def _tuned(
     prompts: ClassPrompts,
     untuned: GuardedHead,
     data: FeatureSet,
-    unseen: FeatureSet,
+    unseen: FeatureSet | None,
     bank: TriggerBank,
     settings: Settings,
     seed: int,
     progress: Progress,
-) -> list[Epoch]:
-    """Every epoch as unseen images see it through the rule."""
-    epochs = list[Epoch]()
+) -> Epoch:
+    """The best epoch as unseen images see it through the rule; the others are let go, each holds all prompts."""
+    best = list[Epoch]()
+    least = 0.0 if unseen is None else least_accuracy(untuned.original, unseen, settings)
 
     def look(number: int, loss: float, rows: Tensor) -> None:
         head = replace(untuned, guarded=_head(untuned, rows))
-        epochs.append(look_at(head, number, rows, prompts.state(), unseen, bank))
-        progress(Step("prompts", number, settings.tuning.epochs, loss, epochs[-1].found_asr))
+        epoch = look_at(head, number, rows, prompts.state(), data if unseen is None else unseen, bank)
+        best[:] = [epoch if unseen is None else choose([*best, epoch], least)]
+        progress(Step("prompts", number, settings.tuning.epochs, loss, epoch.found_asr))
 
     tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
-    return epochs
+    return best[0]
 
 
 def _head(untuned: GuardedHead, rows: Tensor) -> Head:

@@ -13,6 +13,7 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
 
+_PART = 128  # images, each with its triggered copies
 Judge = Callable[[int, float, Tensor], None]
 """Called after each epoch with (epoch, loss, rows (C, E))."""
 
@@ -46,6 +47,17 @@ def tuning_loss(rows: Tensor, original: Head, data: FeatureSet, settings: Tuning
     return loss
 
 
+def loss_and_gradient(rows: Tensor, original: Head, data: FeatureSet, settings: TuningSettings) -> tuple[float, Tensor]:
+    """`tuning_loss` and its gradient (C, E), a few images at a time: their logits grow with the classes."""
+    loss, gradient = 0.0, torch.zeros_like(rows)
+    for index in torch.arange(len(data.labels)).split(_PART):
+        leaf = rows.detach().requires_grad_()
+        part = tuning_loss(leaf, original, data.part(index), settings) * (len(index) / len(data.labels))
+        gradient += torch.autograd.grad(part, leaf)[0]
+        loss += part.item()
+    return loss, gradient
+
+
 def tune(
     prompts: ClassPrompts,
     original: Head,
@@ -61,14 +73,12 @@ def tune(
     for epoch in range(settings.epochs):
         losses = []
         for index in torch.randperm(len(data.labels), generator=generator).split(settings.batch):
-            rows = prompts.rows().requires_grad_()
-            loss = tuning_loss(rows, original, data.part(index), settings)
-            (gradient,) = torch.autograd.grad(loss, rows)
+            loss, gradient = loss_and_gradient(prompts.rows(), original, data.part(index), settings)
             optimiser.zero_grad()
             prompts.backward(gradient)
             optimiser.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(loss)
         judge(epoch + 1, sum(losses) / len(losses), prompts.rows())
 
 
