@@ -84,6 +84,5 @@ def _check_samples(run: PurifyRun, parts: Parts) -> None:
 def _check_bank(run: PurifyRun, parts: Parts) -> None:
     size, classes = run.record.model.preprocess.size, len(parts.graph.head.classes)
     for trigger in parts.bank:
-        fits = trigger.pattern.shape == (3, size, size) and 0 <= trigger.target < classes
-        if not fits or (trigger.mask is not None and trigger.mask.shape != (1, size, size)):
+        if not trigger.fits(size) or not 0 <= trigger.target < classes:
             raise InputError(f"{run.path / TRIGGERS} holds a trigger of another image size or class list")

@@ -20,6 +20,7 @@ from small_runs import CLASSES, TARGET, write_run
 from cbpt_guard import GuardedClassifier
 from cbpt_guard.bundle import load_golden, open_bundle
 from cbpt_guard.defense.clip import ImageEncoder
+from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import LEFT_OUT, TriggerTest
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
@@ -385,6 +386,23 @@ def test_a_run_with_a_missing_or_broken_file_is_refused(
         with pytest.raises(InputError, match=name):
             quick(own_run, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bank_of_every_family_is_exported_and_one_of_other_shapes_refused(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path]
+) -> None:
+    """Beside the run's own: a wave, a warp and a tint that change next to nothing, so that the gate stays content."""
+    path, size = own_run / "triggers.safetensors", 32
+    own = TriggerBank.load(path).triggers
+    still = torch.cat([torch.ones(3, size, size), torch.zeros(3, size, size)])
+    patterns: dict[Family, torch.Tensor] = {"wave": still[3:], "warp": still[4:], "tint": still}
+    bank = (*own, *(FoundTrigger(family, own[0].target, pattern, None) for family, pattern in patterns.items()))
+    TriggerBank(bank).save(path)
+    quick(own_run, tmp_path / "bundle")
+    for family in patterns:
+        TriggerBank((FoundTrigger(family, own[0].target, torch.zeros(5, size, size), None),)).save(path)
+        with pytest.raises(InputError, match="another image size"):
+            quick(own_run, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,16 @@ class FoundTrigger:
         """The part of the image that the mask covers; 1 for triggers without one."""
         return 1.0 if self.mask is None else float(self.mask.mean())
 
+    def fits(self, size: int) -> bool:
+        """Whether it is of the shapes that its family has for images of S = `size` pixels a side."""
+        channels = {"warp": 2, "tint": 6}.get(self.family, 3)
+        masked = self.mask is None if self.family != "masked" else self.mask is not None
+        return (
+            masked
+            and self.pattern.shape == (channels, size, size)
+            and (self.mask is None or self.mask.shape == (1, size, size))
+        )
+
     def detached(self) -> FoundTrigger:
         """The value alone, on the CPU, without the graph that made it."""
         mask = None if self.mask is None else self.mask.detach().cpu()
