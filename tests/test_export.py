@@ -396,7 +396,7 @@ def test_a_bank_of_every_family_is_exported_and_one_of_other_shapes_refused(
     own = TriggerBank.load(path).triggers
     still = torch.cat([torch.ones(3, size, size), torch.zeros(3, size, size)])
     patterns: dict[Family, torch.Tensor] = {"wave": still[3:], "warp": still[4:], "tint": still}
-    bank = (*own, *(FoundTrigger(family, own[0].target, pattern, None) for family, pattern in patterns.items()))
+    bank = (*own, *(FoundTrigger(family, own[0].target, pattern.clone(), None) for family, pattern in patterns.items()))
     TriggerBank(bank).save(path)
     quick(own_run, tmp_path / "bundle")
     for family in patterns:
