@@ -83,9 +83,11 @@ def test_poisoned_accuracy_is_held_against_the_oracles(
 
 def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
     lines = [cbpt(), oracle(), cbpt("sig", max_share=0.05), oracle("sig")]
-    share = "largest share on triggered images, over the oracle's, worst"
-    assert row(bars(lines[:2]), share) == ("1.5 times (badnet)", "yes")
-    assert row(bars(lines), share) == ("2.5 times (sig)", "**no**")
+    share = "largest share on triggered images, worst"
+    assert row(bars(lines[:2]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
+    assert row(bars(lines), share) == ("5.0, 1.7 times what it may be (sig)", "**no**")
+    off = line(implant="sig", attack="off", max_share=0.02)
+    assert row(bars([*lines, off]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
     clean = cbpt(attack="none", took=None, ca=0.494)
     assert row(bars([*lines, clean]), "CA less the undefended one, clean model") == ("-0.6", "**no**")
     few = [cbpt(shots=4, asr=0.02), cbpt("sig", shots=4, asr=0.07)]

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
-from cbpt_guard.bench.table import CEILING, OURS, joined
+from cbpt_guard.bench.table import CEILING, OURS, UNTOUCHED, joined
 
 SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
 """A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
@@ -24,11 +24,12 @@ class Bar(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """CBPT's lines of one attack over the seeds, and the oracle's of the same."""
+    """CBPT's lines of one attack over the seeds, the oracle's, and the undefended ones with the triggers off."""
 
     name: str
     ours: list[Line]
     oracle: list[Line]
+    off: list[Line]
 
     def mean(self, value: Callable[[Line], float]) -> float:
         """Over CBPT's seeds, in points."""
@@ -61,8 +62,11 @@ def attacks(lines: Sequence[Line], shots: int) -> list[Attack]:
     def by(defense: str, name: str, shots: int) -> list[Line]:
         return [line for line in counted if (line.defense, line.implant, line.shots) == (defense, name, shots)]
 
+    def off(name: str) -> list[Line]:
+        return [line for line in lines if (line.attack, line.defense, line.implant) == (OFF, UNTOUCHED, name)]
+
     names = dict.fromkeys(line.implant for line in counted if line.defense == OURS and line.shots == shots)
-    return [Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS)) for name in names]
+    return [Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS), off(name)) for name in names]
 
 
 def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
@@ -98,10 +102,19 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     short = [a.name for a in found if not _near(a)]
     text = ", ".join(short) or "none"
     yield Bar("attacks whose PA is short of that", "none", text, not short)
-    shares = [a.mean(lambda line: line.max_share) / a.ceiling(lambda line: line.max_share) for a in found]
-    worst = max(range(len(found)), key=shares.__getitem__)
-    text = f"{shares[worst]:.1f} times ({found[worst].name})"
-    yield Bar("largest share on triggered images, over the oracle's, worst", "1.5 times", text, shares[worst] <= 1.5)
+    spread = {a.name: _excess(a) for a in found}
+    worst = max(spread, key=spread.__getitem__)
+    share = next(a for a in found if a.name == worst).mean(lambda line: line.max_share)
+    must = "3 times that on clean images or 1.5 times the oracle's"
+    text = f"{share:.1f}, {spread[worst]:.1f} times what it may be ({worst})"
+    yield Bar("largest share on triggered images, worst", must, text, spread[worst] <= 1)
+
+
+def _excess(attack: Attack) -> float:
+    """The largest share over what it may be: 3 times that on clean images or 1.5 times the oracle's, the larger."""
+    clean = [3 * 100 * mean(line.max_share for line in attack.off)] if attack.off else []
+    allowed = max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
+    return round(attack.mean(lambda line: line.max_share) / allowed, 9)
 
 
 def _points(share: float) -> float:
