@@ -42,7 +42,7 @@ from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.job import TEMPLATE, Job
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.scan import scan
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.settings import SearchSettings
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
 HERE = Path(__file__).parent
@@ -151,7 +151,7 @@ def line(model: Model, source: Source, work: Path) -> Line:
         "images_of_a_class": report.images_of_a_class,
         "template": report.template,
         "config": report.model.config,
-        "settings": report.settings["inversion"],
+        "settings": {name: report.settings["inversion"][name] for name in SearchSettings.model_fields},
         "versions": {"cbpt_guard": report.cbpt_guard, **report.versions},
     }
 
@@ -176,7 +176,7 @@ def lines() -> list[Line]:
     if not LINES.exists():
         return []
     found = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
-    now = InversionSettings().model_dump(mode="json")
+    now = SearchSettings().model_dump(mode="json")
     for one in found:
         if one["settings"] != now:
             sys.exit(f"{LINES.name}: {one['name']} was scanned with other settings than today's; take its line out")

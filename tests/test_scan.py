@@ -18,7 +18,7 @@ from cbpt_guard.defense.calibration import Calibration, Family, Looked, calibrat
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.scan import ScanReport, scan
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.settings import InversionSettings, SearchSettings
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -27,7 +27,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAMILY = Family(
     name="small ones",
     config={"embed_dim": 64},
-    settings=InversionSettings(),
+    settings=SearchSettings(),
     template="a photo of a {}.",
     classes=(10, 10),
     images=(8, 13),
@@ -142,7 +142,7 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
     assert families.standing(1.0, looked) == FAMILY.standing(1.0)
     others: dict[str, dict[str, Any]] = {
         "no model of this architecture": {"config": {"embed_dim": 32}},
-        "with other settings": {"settings": InversionSettings(epsilon=0.1)},
+        "with other settings": {"settings": SearchSettings(epsilon=0.1)},
         "or another template": {"template": "{}"},
         "12 classes, where the family was scanned for 10": {"classes": 12},
         "0 to 13 images a class, where the family was scanned with 8 to 13": {"images": (0, 13)},
@@ -153,6 +153,11 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
         assert isinstance(found, str)
         assert words in found
     assert "no model" in str(Calibration().standing(1.0, looked))
+
+
+def test_settings_of_the_bank_alone_leave_a_scan_calibrated() -> None:
+    assert InversionSettings(tint_gain=0.1, warp_points=5).search == SearchSettings()
+    assert InversionSettings(epsilon=0.1).search == SearchSettings(epsilon=0.1)
 
 
 def test_the_shipped_calibration_and_the_page_are_what_the_lines_give() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.settings import SearchSettings
 
 FILE = Path(__file__).with_name("calibration.json")
 Range = tuple[int, int]
@@ -44,7 +44,7 @@ class Looked(_Frozen):
     """
 
     config: dict[str, Any]
-    settings: InversionSettings
+    settings: SearchSettings
     template: str
     classes: int
     images: Range
@@ -59,7 +59,7 @@ class Family(_Frozen):
 
     name: str
     config: dict[str, Any]
-    settings: InversionSettings
+    settings: SearchSettings
     template: str
     classes: Range
     images: Range

@@ -20,18 +20,16 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class InversionSettings(_Frozen):
-    """Stage 1: how triggers are looked for.
+class SearchSettings(_Frozen):
+    """Stage 1: how targets and triggers are looked for; what a scan's score depends on is among these.
 
     `epsilon` bounds additive patterns and `wave_amplitude` is half a wave's height, in pixels of [0, 1]; waves have up
-    to `wave_periods` periods a side. A warp has `warp_points` control points a side, and moves them by at most
-    `warp_shift`; that and `shift` are shares of the image's side. A tint changes each colour's gain by at most
-    `tint_gain` and adds at most `tint_offset`, smoothly between `tint_points` a side. The scan's and the waves'
-    `finalists` get a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out`
-    says how many times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own
-    in a short scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes
-    may be). Where none is, masks are compared: of the classes whose share grew by `clear_share` and of the `scanned`
-    leaders of the scan, one stands out that needs so many times less area than `references` classes of middle rank.
+    to `wave_periods` periods a side. `shift` is a share of the image's side. The scan's and the waves' `finalists` get
+    a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out` says how many
+    times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a short
+    scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may be).
+    Where none is, masks are compared: of the classes whose share grew by `clear_share` and of the `scanned` leaders of
+    the scan, one stands out that needs so many times less area than `references` classes of middle rank.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -53,11 +51,6 @@ class InversionSettings(_Frozen):
     scan_images: Count = 4
     scan_budget: Count = 8000
     finalists: Count = 8
-    warp_points: Annotated[int, Field(ge=2)] = 4
-    warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
-    tint_points: Annotated[int, Field(ge=2)] = 3
-    tint_gain: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    tint_offset: Annotated[float, Field(gt=0, le=1)] = 0.2
     wave_amplitude: Annotated[float, Field(gt=0, le=1)] = 32 / 255
     wave_periods: Count = 10
     wave_images: Count = 8
@@ -65,6 +58,26 @@ class InversionSettings(_Frozen):
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
     stands_out: Positive = 4.0
+
+
+class InversionSettings(SearchSettings):
+    """Stage 1 with the smooth changes that only a bank needs.
+
+    A warp has `warp_points` control points a side, and moves them by at most `warp_shift`, a share of the image's
+    side. A tint changes each colour's gain by at most `tint_gain` and adds at most `tint_offset`, smoothly between
+    `tint_points` a side.
+    """
+
+    warp_points: Annotated[int, Field(ge=2)] = 4
+    warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
+    tint_points: Annotated[int, Field(ge=2)] = 3
+    tint_gain: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    tint_offset: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+    @property
+    def search(self) -> SearchSettings:
+        """Those alone that a scan may depend on."""
+        return SearchSettings.model_validate(self.model_dump(include=set(SearchSettings.model_fields)))
 
 
 class TuningSettings(_Frozen):
