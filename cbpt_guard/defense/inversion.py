@@ -24,12 +24,12 @@ from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.settings import InversionSettings
 
 SMOOTH: tuple[Inverted, ...] = ("warp", "tint")
-"""Families that fit the backdoors they fit at once; toward other targets they are given up halfway."""
+"""Families that fit the backdoors they fit at once; toward other targets they are given up early."""
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
 
-_HOPE = 0.5  # ASR below which a smooth change is given up after half of its steps
+_HOPE = 0.5  # ASR below which a smooth change is given up after a quarter of its steps; those that fit had 0.86 there
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def invert_toward(
             loss = loss + paid
         optimiser.step()
         report(step + 1, steps, loss.item(), asr)
-        if family in SMOOTH and 2 * (step + 1) == steps and asr < _HOPE:
+        if family in SMOOTH and step + 1 == steps // 4 and asr < _HOPE:
             break
     return pattern.value(target).detached()
 
