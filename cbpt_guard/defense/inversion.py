@@ -29,7 +29,7 @@ Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
 
-_HOPE = 0.5  # ASR below which a smooth change is given up after a quarter of its steps; those that fit had 0.86 there
+_HOPE, _PATIENCE = 0.5, 20  # ASR below which a smooth change is given up after so many steps; those that fit had 0.86
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def invert_toward(
             loss = loss + paid
         optimiser.step()
         report(step + 1, steps, loss.item(), asr)
-        if family in SMOOTH and step + 1 == steps // 4 and asr < _HOPE:
+        if family in SMOOTH and step + 1 == min(_PATIENCE, steps // 2) and asr < _HOPE:
             break
     return pattern.value(target).detached()
 
