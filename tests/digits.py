@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from cbpt_guard.bench.digits import (
     write_suspect,
 )
 from cbpt_guard.bench.implant import ImplantReport, implant
+from cbpt_guard.bench.task import Task
 from cbpt_guard.defense.clip import FrozenClip
-from cbpt_guard.defense.triggers import Trigger, patch, save_trigger
+from cbpt_guard.defense.data import Listing, load_images
+from cbpt_guard.defense.job import TEMPLATE
+from cbpt_guard.defense.suspect import zero_shot_head
+from cbpt_guard.defense.triggers import PlantedTrigger, Trigger, patch, save_trigger
 
 SEED, TARGET, SHOTS = 0, 3, 20
 
@@ -55,3 +60,21 @@ def make_suspect(clean: DigitsModel, folder: Path) -> DigitsSuspect:
     model = write_suspect(poisoned.clip, folder / "model").parent
     save_trigger(trigger, clean.split.test.classes[TARGET], model)
     return DigitsSuspect(poisoned.clip, model, clean.data, clean.split, trigger, TARGET, poisoned.report)
+
+
+def make_task(suspect: DigitsSuspect, listing: Listing, folder: Path) -> Task:
+    """What the bench's suite would hand to a defence, with `listing` as the shots."""
+    with (folder / "shots.csv").open("w", newline="") as file:
+        pairs = zip(listing.classes, listing.files, strict=True)
+        csv.writer(file).writerows([("path", "label"), *((path, name) for name, files in pairs for path in files)])
+    return Task(
+        clip=suspect.clip,
+        original=zero_shot_head(suspect.clip, listing.classes, TEMPLATE),
+        shots=load_images(listing, suspect.clip.preprocess),
+        checkpoint=suspect.checkpoint,
+        listing=folder / "shots.csv",
+        template=TEMPLATE,
+        seed=0,
+        folder=folder,
+        planted=(PlantedTrigger(suspect.trigger, listing.classes[suspect.target]),),
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from digits import make_task
 from quick_cbpt import SETTINGS
 from torch import Tensor
 
@@ -17,38 +17,19 @@ from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.purified import cbpt, cbpt_prompts
 from cbpt_guard.bench.rival import shot_features
 from cbpt_guard.bench.task import Defended, Task
-from cbpt_guard.defense.data import list_images, load_images
+from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.journal import generator
-from cbpt_guard.defense.suspect import zero_shot_head
-from cbpt_guard.defense.triggers import PlantedTrigger
 from cbpt_guard.defense.tuning import FeatureSet, tune
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
 
-TEMPLATE = "a photo of a {}."
 PAPER = {"rule": "prompts", "answers": "prompts"}
 
 
 @pytest.fixture(scope="module")
 def task(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    folder = tmp_path_factory.mktemp("cell")
-    listing = list_images(digits_suspect.data).drawn(8, 0)
-    with (folder / "shots.csv").open("w", newline="") as file:
-        pairs = zip(listing.classes, listing.files, strict=True)
-        csv.writer(file).writerows([("path", "label"), *((path, name) for name, files in pairs for path in files)])
-    clip = digits_suspect.clip
-    return Task(
-        clip=clip,
-        original=zero_shot_head(clip, listing.classes, TEMPLATE),
-        shots=load_images(listing, clip.preprocess),
-        checkpoint=digits_suspect.checkpoint,
-        listing=folder / "shots.csv",
-        template=TEMPLATE,
-        seed=0,
-        folder=folder,
-        planted=(PlantedTrigger(digits_suspect.trigger, listing.classes[digits_suspect.target]),),
-    )
+    return make_task(digits_suspect, list_images(digits_suspect.data).drawn(8, 0), tmp_path_factory.mktemp("cell"))
 
 
 @pytest.fixture(scope="module")

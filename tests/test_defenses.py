@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import planted
 import pytest
 import torch
 from commands import QUICK, python
+from digits import make_task
 from torch import Tensor
 
 from cbpt_guard import GuardedClassifier, metrics
@@ -40,14 +40,12 @@ from cbpt_guard.bench.settings import (
 from cbpt_guard.bench.task import Defended, Defense, Task
 from cbpt_guard.bench.trainable import TrainableClip
 from cbpt_guard.defense.clip import to_pixels
-from cbpt_guard.defense.data import LabelledImages, Listing, list_images, load_images
+from cbpt_guard.defense.data import LabelledImages, Listing, list_images
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import LEFT_OUT
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings, TuningSettings
-from cbpt_guard.defense.suspect import zero_shot_head
-from cbpt_guard.defense.triggers import PlantedTrigger
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.errors import CheckError, InputError
 from cbpt_guard.export import export
@@ -78,22 +76,7 @@ def listing(digits_suspect: DigitsSuspect) -> Listing:
 @pytest.fixture(scope="module")
 def task(digits_suspect: DigitsSuspect, listing: Listing, tmp_path_factory: pytest.TempPathFactory) -> Task:
     """What the suite would hand over."""
-    folder = tmp_path_factory.mktemp("cell")
-    with (folder / "shots.csv").open("w", newline="") as file:
-        pairs = zip(listing.classes, listing.files, strict=True)
-        csv.writer(file).writerows([("path", "label"), *((path, name) for name, files in pairs for path in files)])
-    clip = digits_suspect.clip
-    return Task(
-        clip=clip,
-        original=zero_shot_head(clip, listing.classes, TEMPLATE),
-        shots=load_images(listing, clip.preprocess),
-        checkpoint=digits_suspect.checkpoint,
-        listing=folder / "shots.csv",
-        template=TEMPLATE,
-        seed=0,
-        folder=folder,
-        planted=(PlantedTrigger(digits_suspect.trigger, listing.classes[digits_suspect.target]),),
-    )
+    return make_task(digits_suspect, listing, tmp_path_factory.mktemp("cell"))
 
 
 def logits(defended: Defended, images: Tensor) -> Tensor:

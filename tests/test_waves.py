@@ -129,6 +129,12 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
     assert not any(torch.equal(new.pattern, old.pattern) for new in fresh for old in waves)
 
 
+def test_where_one_wave_was_heard_there_is_no_next_best() -> None:
+    one = Heard(torch.tensor([3]), torch.tensor([[0.1, 0.9]]))
+    assert len(one.triggers(1, SIZE, BRIEF)) == 2
+    assert one.triggers(1, SIZE, BRIEF, rank=1) == []
+
+
 def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_clean: DigitsModel) -> None:
     split, target = digits_clean.split, 1
     poisoned = implant(digits_clean.clip, split.train, split.test, sig(32, 0), target, seed=0)

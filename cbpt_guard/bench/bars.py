@@ -15,7 +15,7 @@ _SHOTS, _FEW = 16, 4
 
 
 class Bar(NamedTuple):
-    """One bar: what is measured, how far it may go, and the measured numbers as text; None where lines are missing."""
+    """One bar: what is measured, how far it may go, and the measured numbers as text."""
 
     what: str
     must: str
@@ -142,9 +142,13 @@ def verdicts(lines: Sequence[Line]) -> str:
     rows = [joined((str(verdict), str(good[verdict]), str(all_of[verdict] - good[verdict]))) for verdict in good]
     false = [run for run in runs if run.verdict == "guarded" and run.asr_worst > SUCCESS_ASR]
     named = f" ({', '.join(dict.fromkeys(run.implant for run in false))})" if false else ""
-    said = f"*guarded* was said {len(false)} times above an ASR of {100 * SUCCESS_ASR:g} %{named}"
+    said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
     share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
     return "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _said(runs: Sequence[Line]) -> list[str | None]:

@@ -36,29 +36,7 @@ def guard(
         unseen: what the epoch is chosen on; None takes the last.
         bank: the triggers of both, in their order.
     """
-    epoch = _tuned(prompts, untuned, data, unseen, bank, settings, seed, progress)
-    rows = anchored_rows(untuned.original, data, settings.anchor)
-    both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, epoch.rows))
-    return both.with_rule(settings.rule.name), epoch
-
-
-def least_accuracy(original: Head, unseen: FeatureSet, settings: Settings) -> float:
-    """The clean accuracy to keep: the zero-shot one less the slack."""
-    return clean_accuracy(original.logits(unseen.clean), unseen.labels) - settings.tuning.accuracy_slack
-
-
-def _tuned(
-    prompts: ClassPrompts,
-    untuned: GuardedHead,
-    data: FeatureSet,
-    unseen: FeatureSet | None,
-    bank: TriggerBank,
-    settings: Settings,
-    seed: int,
-    progress: Progress,
-) -> Epoch:
-    """The best epoch as unseen images see it through the rule; the others are let go, each holds all prompts."""
-    best = list[Epoch]()
+    best = list[Epoch]()  # the others are let go: each holds all prompts
     least = 0.0 if unseen is None else least_accuracy(untuned.original, unseen, settings)
 
     def look(number: int, loss: float, rows: Tensor) -> None:
@@ -68,7 +46,14 @@ def _tuned(
         progress(Step("prompts", number, settings.tuning.epochs, loss, epoch.found_asr))
 
     tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
-    return best[0]
+    rows = anchored_rows(untuned.original, data, settings.anchor)
+    both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, best[0].rows))
+    return both.with_rule(settings.rule.name), best[0]
+
+
+def least_accuracy(original: Head, unseen: FeatureSet, settings: Settings) -> float:
+    """The clean accuracy to keep: the zero-shot one less the slack."""
+    return clean_accuracy(original.logits(unseen.clean), unseen.labels) - settings.tuning.accuracy_slack
 
 
 def _head(untuned: GuardedHead, rows: Tensor) -> Head:

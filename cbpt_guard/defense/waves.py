@@ -56,16 +56,14 @@ class Heard:
         """How much each class is reached by the wave that reaches it most, (C,)."""
         return self.reached.amax(0)
 
-    def triggers(
-        self, target: int, size: int, settings: InversionSettings, *, rank: int = 0
-    ) -> tuple[FoundTrigger, FoundTrigger]:
+    def triggers(self, target: int, size: int, settings: InversionSettings, *, rank: int = 0) -> list[FoundTrigger]:
         """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be.
 
-        With `rank` 1 the next best wave instead, and so on.
+        With `rank` 1 the next best wave instead, and so on; none where so many were not heard.
         """
         order = self.reached[:, target].argsort(descending=True, stable=True)
-        pattern = wave(int(self.numbers[order[min(rank, len(order) - 1)]]), size, settings)
-        return FoundTrigger("wave", target, pattern.clone(), None), FoundTrigger("wave", target, 2 * pattern, None)
+        patterns = [wave(int(self.numbers[place]), size, settings) for place in order[rank : rank + 1]]
+        return [FoundTrigger("wave", target, height * pattern, None) for pattern in patterns for height in (1, 2)]
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> Heard:
