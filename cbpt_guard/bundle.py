@@ -188,7 +188,7 @@ def _folder(path: str | os.PathLike[str]) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{path} is not a bundle's folder: {error.strerror}") from error
+        raise InputError(f"{path} is not a bundle's folder: {error.strerror}; `cbpt-guard export` makes one") from error
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from error
     try:

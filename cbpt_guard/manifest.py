@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cbpt_guard.errors import BundleError
 from cbpt_guard.images import Preprocess
+from cbpt_guard.problems import problems
 
 VerdictName = Literal["guarded", "not guarded", "unverified"]
 RuleName = Literal["switch", "prompts"]
@@ -143,5 +144,5 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise BundleError(f"manifest.json is malformed in {error.error_count()} places: {first}") from error
+        found = problems(error, most=3)
+        raise BundleError(f"manifest.json is malformed in {error.error_count()} places: {found}") from error

@@ -16,6 +16,7 @@ from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import InputError
 from cbpt_guard.export.graph import GuardedGraph
 from cbpt_guard.images import Pixels
+from cbpt_guard.problems import problems
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def _bounds(run: PurifyRun) -> VerdictSettings:
     try:
         return VerdictSettings.model_validate(run.record.settings.get("verdict"))
     except ValidationError as error:
-        first = error.errors()[0]["msg"]
-        raise InputError(f"{run.path / RECORD} holds no bounds of a verdict: {first}") from error
+        raise InputError(f"{run.path / RECORD} holds no bounds of a verdict: {problems(error, most=1)}") from error
 
 
 def _check_head(run: PurifyRun, head: GuardedHead) -> None:

@@ -120,5 +120,5 @@ def test_verdicts_against_the_truth() -> None:
     assert "| guarded | 2 | 1 |" in text
     assert "| not guarded | 1 | 1 |" in text
     assert "| unverified | 0 | 1 |" in text
-    assert "said 1 times above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
+    assert "said once above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
     assert "said 0 times above an ASR of 5 %, and of 2 of 2 runs" in verdicts(runs[:2])

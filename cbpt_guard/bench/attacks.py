@@ -21,6 +21,7 @@ from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.trigger import Trigger
 from cbpt_guard.defense.triggers import DRAWINGS
 from cbpt_guard.errors import InputError
+from cbpt_guard.problems import problems
 
 _SMALL = 1_000_000  # parameters of an image tower up to which the settings' own defaults suit it
 
@@ -142,5 +143,4 @@ def _validated(values: Mapping[str, Any], where: str) -> ImplantSettings:
     try:
         return ImplantSettings.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise InputError(f"{where}: " + "; ".join(lines[:10])) from error
+        raise InputError(f"{where}: {problems(error)}") from error

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cbpt_guard.errors import InputError, SetupError
+from cbpt_guard.problems import problems
 
 CONTROL, OFF = "none", "off"
 """Names that stand for an attack: the triggers on the clean model, and the suspect with its triggers switched off."""
@@ -160,6 +161,4 @@ def _parsed(text: bytes, where: str) -> Line:
     try:
         return Line.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "JSON"
-        raise InputError(f"{where} is no line of evidence: {name}: {first['msg']}") from error
+        raise InputError(f"{where} is no line of evidence: {problems(error, 'JSON', most=1)}") from error

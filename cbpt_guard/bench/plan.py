@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cbpt_guard.bench.lines import CONTROL, OFF, Key
 from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.errors import InputError
+from cbpt_guard.problems import problems
 
 _SHORT = 16
 Split = Literal["clean", "test"]
@@ -139,8 +140,7 @@ class Plan(_Frozen):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"plan {path} is no TOML: {error}") from error
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, item['loc'])) or 'plan'}: {item['msg']}" for item in error.errors()]
-            raise InputError(f"plan {path}: " + "; ".join(lines[:10])) from error
+            raise InputError(f"plan {path}: {problems(error, 'plan')}") from error
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -44,7 +44,7 @@ def problem_of(file: BinaryIO) -> str | None:
     try:
         entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile raises more than BadZipFile on forged fields
-        return f"its zip archive is truncated or damaged ({ascii(str(error))[1:-1][:160]})"
+        return f"its zip archive is truncated or damaged ({ascii(str(error))[1:-1][:160]}); fetch it again"
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:  # TorchScript's source text
             return f"entry {ascii(entry.filename)[1:-1][:160]} is compressed, as torch never does; save it again"

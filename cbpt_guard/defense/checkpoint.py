@@ -138,7 +138,7 @@ def _private_copy(path: Path, copy: Path, most: int) -> tuple[str, int]:
 
 def _open_regular(path: Path) -> int:
     if not path.exists():
-        raise InputError("there is no such file")
+        raise InputError("there is no such file; the model is a checkpoint file or an open_clip folder")
     if not stat.S_ISREG(path.stat().st_mode):  # looked at before opening: opening a device may already act
         raise InputError("not a regular file (a device, pipe or socket is never read)")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -61,7 +61,7 @@ def report_on(source: Path) -> dict[str, object]:
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "it asks for more memory than a checkpoint of its size needs; it is forged or damaged"
-    return f"it is truncated or damaged ({type(error).__name__}: {excerpt(str(error))})"
+    return f"it is truncated or damaged ({type(error).__name__}: {excerpt(str(error))}); fetch it again"
 
 
 def open_file(source: Path) -> Loaded:

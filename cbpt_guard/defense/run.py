@@ -19,6 +19,7 @@ from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.openclip import build
 from cbpt_guard.defense.record import RunMetrics, RunRecord
 from cbpt_guard.errors import InputError
+from cbpt_guard.problems import problems
 
 MODEL: Final = "model.safetensors"
 SAMPLES: Final = "samples.npz"
@@ -92,6 +93,4 @@ def _read(path: Path, model: type[_Record]) -> _Record:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): {path.parent} is no finished run") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is malformed at {where or 'its start'}: {first['msg']}") from error
+        raise InputError(f"{path} is malformed at {problems(error, most=1)}") from error

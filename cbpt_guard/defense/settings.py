@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cbpt_guard.errors import InputError
 from cbpt_guard.manifest import RuleName
+from cbpt_guard.problems import problems
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -139,7 +140,6 @@ class Settings(_Frozen):
         except OSError as error:
             raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-            raise InputError(f"settings {path}: " + "; ".join(lines[:10])) from error
+            raise InputError(f"settings {path}: {problems(error)}") from error
         except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or arrays 5,000 deep
             raise InputError(f"settings {path} are no TOML: {error}") from error

@@ -23,6 +23,7 @@ from cbpt_guard.defense.warp import Warp, wanet
 from cbpt_guard.defense.wave import Wave, sig
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import write_text
+from cbpt_guard.problems import problems
 
 __all__ = [
     "DRAWINGS",
@@ -107,6 +108,5 @@ def load_trigger(path: Path) -> PlantedTrigger:
     except OSError as error:
         raise InputError(f"trigger {path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, item['loc'])) or 'JSON'}: {item['msg']}" for item in error.errors()]
-        raise InputError(f"trigger {path} is malformed: {'; '.join(found[:5])}") from error
+        raise InputError(f"trigger {path} is malformed: {problems(error, 'JSON')}") from error
     return PlantedTrigger(trigger, read.target)
