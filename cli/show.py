@@ -89,6 +89,6 @@ def live() -> Iterator[Callable[[Step], None]]:
                 tasks[step.stage] = bars.add_task(one_line(step.stage), total=step.steps, numbers="")
             loss = "" if step.loss is None else f"loss {step.loss:7.3f}"
             asr = "" if step.asr is None else f"  ASR {percent(step.asr)} %"
-            bars.update(bars.task_ids[tasks[step.stage]], completed=step.step, numbers=loss + asr)
+            bars.update(bars.task_ids[tasks[step.stage]], total=step.steps, completed=step.step, numbers=loss + asr)
 
         yield show

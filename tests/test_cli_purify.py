@@ -522,6 +522,8 @@ def test_a_terminal_sees_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with show.live() as progress:
             progress(Step("agnostic \x1b[2J[red] trigger", 1, 2, loss=0.5, asr=0.25))
             progress(Step("agnostic \x1b[2J[red] trigger", 2, 2, loss=0.25, asr=0.5))
+            progress(Step("given up", 1, 80))
+            progress(Step("given up", 20, 20))
         return capsys.readouterr().err
 
     assert shown() == ""
@@ -529,5 +531,6 @@ def test_a_terminal_sees_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     text = shown()
     assert "[2J[red] trigger" in text
     assert "2/2" in text
+    assert "20/20" in text
     assert "ASR 50.0 %" in text
     assert "\x1b[2J" not in text

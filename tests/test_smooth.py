@@ -63,13 +63,16 @@ class TintedClip(PlantedClip):
 
 
 def inverted(clip: PlantedClip, family: Inverted, settings: InversionSettings = SETTINGS) -> tuple[FoundTrigger, int]:
-    """A trigger and the steps that it took."""
-    steps: list[int] = []
+    """A trigger and the steps that it took, which its last report names as all there are."""
+    steps: list[tuple[int, int]] = []
     draws, clean = generator(0, "test"), clip.clean()
-    found = invert_toward(
-        clip, clean, clip.head, TARGET, family, settings, draws, lambda step, *rest: steps.append(step)
-    )
-    return found, steps[-1]
+
+    def report(step: int, of: int, loss: float, asr: float) -> None:
+        steps.append((step, of))
+
+    found = invert_toward(clip, clean, clip.head, TARGET, family, settings, draws, report)
+    assert steps[-1][0] == steps[-1][1]
+    return found, steps[-1][0]
 
 
 def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:

@@ -134,8 +134,9 @@ def invert_toward(
             paid.backward()
             loss = loss + paid
         optimiser.step()
-        report(step + 1, steps, loss.item(), asr)
-        if family in SMOOTH and step + 1 == min(_PATIENCE, steps // 2) and asr < _HOPE:
+        given_up = family in SMOOTH and step + 1 == min(_PATIENCE, steps // 2) and asr < _HOPE
+        report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
+        if given_up:
             break
     return pattern.value(target).detached()
 
