@@ -52,7 +52,7 @@ def test_seeds_are_averaged_before_attacks_are_compared() -> None:
     assert row(bars(lines), ASR) == ("1.5, 2.0", "yes")
 
 
-@pytest.mark.parametrize(("cas", "kept"), [((0.5, 0.49), "yes"), ((0.49, 0.489), "**no**"), ((0.54, 0.484), "**no**")])
+@pytest.mark.parametrize(("cas", "kept"), [((0.5, 0.49), "yes"), ((0.5, 0.489), "**no**"), ((0.54, 0.484), "**no**")])
 def test_accuracy_is_held_against_the_undefended_one(cas: tuple[float, ...], kept: str) -> None:
     lines = [cbpt(f"attack {number}", ca=ca) for number, ca in enumerate(cas)]
     assert SHARES["ca"] == 0.5

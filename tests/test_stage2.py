@@ -1,0 +1,61 @@
+"""Stage 2 as a whole on the poisoned digits CLIP: which epoch the guarded head holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from digits import make_task
+from quick_cbpt import SETTINGS
+
+from cbpt_guard.bench.oracle import triggered_shots
+from cbpt_guard.bench.rival import Shots, shot_features
+from cbpt_guard.defense import stage2
+from cbpt_guard.defense.data import list_images
+from cbpt_guard.defense.flag import fit_test
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
+from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.stage2 import guard, least_accuracy
+from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose
+
+if TYPE_CHECKING:
+    from digits import DigitsSuspect
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["held out", "nothing held out"])
+def test_the_epoch_is_the_best_on_unseen_images_and_the_last_without_any(
+    digits_suspect: DigitsSuspect,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: bool,
+) -> None:
+    task = make_task(digits_suspect, list_images(digits_suspect.data).drawn(16, 0), tmp_path_factory.mktemp("cell"))
+    tuning = SETTINGS.tuning.model_copy(update={"learning_rate": 0.3, "epochs": 6})  # so high that epochs differ
+    settings = SETTINGS.model_copy(update={"tuning": tuning})
+    shots, target = Shots.of(task, 0.25), digits_suspect.target
+    everything = FeatureSet(shot_features(task), triggered_shots(task), shots.labels)
+    data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
+    bank = TriggerBank((FoundTrigger("additive", target, torch.zeros(3, 1, 1), None),))
+    test = fit_test(data, bank, [target], task.original, {}, settings.rule)
+    untuned = GuardedHead(task.original, task.original, test, task.shots.classes, "switch")
+    prompts = ClassPrompts(task.clip, list(task.shots.classes), task.template, data.labels.unique(), 64)
+    seen: list[Epoch] = []
+    look_at = stage2.look_at
+
+    def looked(*args: Any) -> Epoch:
+        seen.append(look_at(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(stage2, "look_at", looked)
+    head, epoch = guard(prompts, untuned, data, unseen if chosen else None, bank, settings, 0, silent)
+    best = choose(seen, least_accuracy(task.original, unseen, settings))
+    assert len(seen) == 6
+    assert best.number != 6, "every epoch but the last would do: the choice shows nothing"
+    wanted = best if chosen else seen[-1]
+    assert epoch.number == wanted.number
+    assert head.prompts is not None
+    assert torch.equal(head.prompts.rows, wanted.rows)
+    assert torch.equal(epoch.contexts, wanted.contexts)
