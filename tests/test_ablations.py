@@ -6,9 +6,9 @@ import inspect
 from typing import TYPE_CHECKING
 
 import pytest
+import quick_cbpt
 import torch
 from digits import make_task
-from quick_cbpt import SETTINGS
 from torch import Tensor
 
 from cbpt_guard.bench import ablations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from digits import DigitsSuspect
 
 PAPER = {"rule": "prompts", "answers": "prompts"}
+TUNING = quick_cbpt.SETTINGS.tuning.model_copy(update={"batch": 32})  # several batches: what is drawn must be the same
+SETTINGS = quick_cbpt.SETTINGS.model_copy(update={"tuning": TUNING})
 
 
 @pytest.fixture(scope="module")
