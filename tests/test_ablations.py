@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,10 +17,12 @@ from cbpt_guard.bench.ablations import Change, SharedPrompts, ablated
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.purified import cbpt, cbpt_prompts
 from cbpt_guard.bench.rival import shot_features
+from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.tuning import FeatureSet, tune
+from cbpt_guard.errors import CheckError
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -99,3 +102,26 @@ def test_the_variants_differ_from_each_other(monkeypatch: pytest.MonkeyPatch) ->
     assert len(variants) >= 10
     assert len(set(changes)) == len(changes) == len(variants)
     assert Change() not in changes
+
+
+def test_their_lines_age_with_the_methods_settings() -> None:
+    assert settings_of("cbpt_guard.bench.ablations:masked_only") == settings_of("cbpt")
+    assert settings_of("somebody:else") == {}
+
+
+def test_a_run_of_other_settings_is_refused(unchanged: tuple[Defended, Defended], task: Task) -> None:
+    other = SETTINGS.model_copy(update={"anchor": SETTINGS.anchor.model_copy(update={"strength": 3.0})})
+    with pytest.raises(CheckError, match="other settings; remove"):
+        cbpt(task, other)
+
+
+def test_a_copy_by_prompts_of_another_run_is_refused(unchanged: tuple[Defended, Defended], task: Task) -> None:
+    (path,) = task.folder.glob("*.prompts/run.json")
+    kept = path.read_text()
+    record = json.loads(kept)
+    path.write_text(json.dumps(record | {"created": "2001-01-01T00:00:00+00:00"}))
+    try:
+        with pytest.raises(CheckError, match="is of another run"):
+            cbpt_prompts(task, SETTINGS)
+    finally:
+        path.write_text(kept)

@@ -122,3 +122,10 @@ def test_verdicts_against_the_truth() -> None:
     assert "| unverified | 0 | 1 |" in text
     assert "said once above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
     assert "said 0 times above an ASR of 5 %, and of 2 of 2 runs" in verdicts(runs[:2])
+
+
+def test_exactly_two_points_lost_are_no_failure_in_floating_point() -> None:
+    undefended = Shares(**(SHARES | {"ca": 0.2}))
+    assert 0.2 - 0.02 > 0.18
+    assert "| guarded | 1 | 0 |" in verdicts([cbpt(ca=0.18, undefended=undefended)])
+    assert "| guarded | 0 | 1 |" in verdicts([cbpt(ca=0.1798, undefended=undefended)])

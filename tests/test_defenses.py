@@ -498,7 +498,7 @@ def test_each_rule_is_counted_through_its_exported_bundle(
     assert np.array_equal(shipped.triggered, ours.triggered.numpy())
 
 
-def test_a_run_of_other_classes_is_refused(both: tuple[Defended, Defended, int], task: Task) -> None:
+def test_a_run_of_other_classes_is_refused(both: tuple[Defended, Defended, int], task: Task, quick: Settings) -> None:
     renamed = replace(task, shots=replace(task.shots, classes=("nothing", *task.shots.classes[1:])))
     with pytest.raises(CheckError, match="other classes than the task"):
-        cbpt(renamed)
+        cbpt(renamed, quick)

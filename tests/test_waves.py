@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cbpt_guard.bench.implant import implant
 from cbpt_guard.defense.clip import FrozenClip
-from cbpt_guard.defense.found import encode
+from cbpt_guard.defense.found import TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.journal import Journal, generator
@@ -124,9 +124,10 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
     assert found.suspects == ([] if target is None else [target])
     waves = [trigger for trigger in found.bank if trigger.family == "wave"]
     assert [trigger.target for trigger in waves] == ([] if target is None else [target, target])
-    fresh = search.fresh_waves(found.suspects)
+    fresh = search.fresh_waves(found.bank)
     assert [trigger.target for trigger in fresh] == [trigger.target for trigger in waves]
     assert not any(torch.equal(new.pattern, old.pattern) for new in fresh for old in waves)
+    assert search.fresh_waves(TriggerBank((*found.bank, *fresh))) == []
 
 
 def test_where_one_wave_was_heard_there_is_no_next_best() -> None:

@@ -1,8 +1,8 @@
 """CBPT with one thing changed: what each part of the method is worth. Every variant is a defence for a plan.
 
 All take the found triggers of the task's own purified run, so that nothing but the named part differs; the test and
-the heads are fitted and chosen as `purify` does it. `cbpt` and `cbpt-prompts` are the methods unchanged, and
-`clean-prompts` is what is left without stage 1.
+the heads are fitted and chosen as `purify` does it, the epoch of the prompts by what serves the switch. `cbpt` and
+`cbpt-prompts` are the methods unchanged, and `clean-prompts` is what is left without stage 1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.tuning import FeatureSet
+from cbpt_guard.errors import CheckError
 
 _FOLDER = "ablations"
 _CONTEXTS = {2: "photo of {}.", 8: "this is a very good photo of a {}."}
@@ -68,10 +69,10 @@ class Change:
 
 def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     """CBPT's heads from the task's purified run, with one change."""
+    bank, triggered, suspects = _triggers(task, change, settings)
     settings = settings.model_copy(
         update={"tuning": settings.tuning.model_copy(update={"kl_weight": change.kl_weight})}
     )
-    bank, triggered, suspects = _triggers(task, change, settings)
     shots = Shots.of(task, settings.tuning.held_out)
     everything = FeatureSet(shot_features(task), triggered, shots.labels)
     data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
@@ -97,9 +98,13 @@ def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBa
     journal = Journal(folder, {"run": run.record.created})
     numbered = [(k, t) for k, t in enumerate(run.bank()) if change.families is None or t.family in change.families]
     parts = [journal.tensor(f"{k}", lambda t=t: encode(task.clip, task.shots.images, t)) for k, t in numbered]  # type: ignore[misc]
-    features = shot_features(task)
-    triggered = torch.stack(parts) if parts else features.new_zeros(0, *features.shape)
-    return TriggerBank(tuple(t for _, t in numbered)), triggered, [suspect.index for suspect in run.record.suspects]
+    if not parts:
+        raise CheckError(f"{run.path} found no trigger of the families {', '.join(change.families or ())}")
+    return (
+        TriggerBank(tuple(t for _, t in numbered)),
+        torch.stack(parts),
+        [suspect.index for suspect in run.record.suspects],
+    )
 
 
 def additive_only(task: Task) -> Defended:

@@ -156,4 +156,4 @@ def _said(runs: Sequence[Line]) -> list[str | None]:
 
 
 def _succeeded(run: Line) -> bool:
-    return run.asr_worst <= SUCCESS_ASR and run.ca >= run.undefended.ca - SUCCESS_LOSS
+    return run.asr_worst <= SUCCESS_ASR and _points(run.undefended.ca - run.ca) <= _points(SUCCESS_LOSS)

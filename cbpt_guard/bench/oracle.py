@@ -1,4 +1,4 @@
-"""The oracle: heads trained with the true triggers, which no defence knows; what they reach is the ceiling for PA."""
+"""The oracle: heads trained with the true triggers, which no defence knows; what they reach is what PA is held to."""
 
 from __future__ import annotations
 

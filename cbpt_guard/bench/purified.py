@@ -25,15 +25,25 @@ def cbpt(task: Task, settings: Settings = CBPT) -> Defended:
 
 
 def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
-    """CBPT as the paper has it, every image answered from the tuned prompts; of the same run and epoch as `cbpt`."""
+    """CBPT as the paper has it, every image answered from the tuned prompts; of the same run and epoch as `cbpt`.
+
+    The epoch is thus the one that serves the switch best, not the prompts alone.
+    """
     return _defended(task, _by_prompts(task, purified_run(task, settings)))
 
 
 def purified_run(task: Task, settings: Settings) -> PurifyRun:
-    """The task's run, made by whichever of the two defences comes first."""
+    """The task's run, made by whichever of the two defences comes first.
+
+    Raises:
+        CheckError: the folder holds a run of other settings, whose numbers would pass for those of these.
+    """
     path = task.folder / _RUN
     if path.exists():
-        return PurifyRun.open(path)
+        run = PurifyRun.open(path)
+        if run.record.settings != settings.model_dump(mode="json"):
+            raise CheckError(f"{path} was made with other settings; remove {task.folder}")
+        return run
     return purify(
         task.checkpoint,
         task.listing,
@@ -47,7 +57,13 @@ def purified_run(task: Task, settings: Settings) -> PurifyRun:
 
 
 def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:
-    """A copy of the run whose stored rule is `prompts`, measured and judged by that rule."""
+    """A copy of the run whose stored rule is `prompts`, with what the run measured of the prompts and its verdict.
+
+    The run's fresh triggers are judged as they are: none was made against the prompts.
+
+    Raises:
+        CheckError: the folder holds a copy of another run.
+    """
     path = task.folder / _PROMPTS
     if not path.exists():
         with staged(path) as folder:
@@ -56,7 +72,10 @@ def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:
             metrics = _after_prompts(run.metrics)
             write_text(folder / METRICS, metrics.model_dump_json(indent=1))
             write_text(folder / RECORD, _record(run.record, metrics).model_dump_json(indent=1))
-    return PurifyRun.open(path)
+    copy = PurifyRun.open(path)
+    if copy.record.created != run.record.created:
+        raise CheckError(f"{path} is of another run than {run.path}; remove {task.folder}")
+    return copy
 
 
 def _after_prompts(metrics: RunMetrics) -> RunMetrics:

@@ -116,6 +116,8 @@ ORACLE = OracleSettings()
 CBPT = Settings()
 CBPT_PROMPTS = CBPT.model_copy(update={"rule": RuleSettings(name="prompts")})
 
+ABLATIONS = "cbpt_guard.bench.ablations:"
+"""What the names of CBPT's variants begin with."""
 SETTINGS: dict[str, BaseModel | None] = {
     "none": None,
     "ft": FT,
@@ -132,6 +134,9 @@ SETTINGS: dict[str, BaseModel | None] = {
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """A defence's settings as JSON has them; empty where it has none, or is one's own (`module:name`)."""
-    settings = SETTINGS.get(name)
+    """A defence's settings as JSON has them; empty where it has none, or is one's own (`module:name`).
+
+    Ablations start from CBPT's, so that their lines age with its.
+    """
+    settings = CBPT if name.startswith(ABLATIONS) else SETTINGS.get(name)
     return {} if settings is None else settings.model_dump(mode="json")

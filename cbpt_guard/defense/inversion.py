@@ -29,7 +29,9 @@ Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
 
-_HOPE, _PATIENCE = 0.5, 20  # ASR below which a smooth change is given up after so many steps; those that fit had 0.86
+_HOPE = 0.5  # ASR below which a smooth change is given up; those that fit had 0.86
+PATIENCE = 20
+"""Steps after which a smooth change may be given up."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def invert_toward(
             paid.backward()
             loss = loss + paid
         optimiser.step()
-        given_up = family in SMOOTH and step + 1 == min(_PATIENCE, steps // 2) and asr < _HOPE
+        given_up = family in SMOOTH and step + 1 == min(PATIENCE, steps // 2) and asr < _HOPE
         report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
         if given_up:
             break

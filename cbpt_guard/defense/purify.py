@@ -196,8 +196,7 @@ class Purification:
         for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels, against=name))
-        heard = sorted({trigger.target for trigger in findings.bank if trigger.family == "wave"})
-        for trigger in search.fresh_waves(heard) if heard else []:
+        for trigger in search.fresh_waves(findings.bank):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]

@@ -92,7 +92,7 @@ Origin = Literal["found", "fresh", "observed"]
 class TriggerMetrics(_Frozen):
     """ASR and PA on held-out images under one trigger; shares in [0, 1].
 
-    `origin`: `found` (the bank), `fresh` (inverted against the guard with another seed) or `observed`, whose
+    `origin`: `found` (the bank), `fresh` (made with other draws, and not tuned on) or `observed`, whose
     images bear no labels: then ASR is the share that answers the target, and PA is unknown. `against`: the head that a
     fresh trigger was made to mislead.
     """

@@ -188,10 +188,16 @@ class Search:
             ]
         )
 
-    def fresh_waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
-        """The waves that reach each target next to the best, which are in no bank."""
+    def fresh_waves(self, bank: TriggerBank) -> list[FoundTrigger]:
+        """Toward each target that the bank has waves for, the next best wave that is not among them."""
+        known = [one for one in bank if one.family == "wave"]
+        if not known:
+            return []
         heard, size = self._heard(), self._clip.image_size
-        return [wave for c in targets for wave in heard.triggers(c, size, self._settings, rank=1)]
+        fresh = [
+            wave for c in sorted({w.target for w in known}) for wave in heard.triggers(c, size, self._settings, rank=1)
+        ]
+        return [wave for wave in fresh if not any(torch.equal(wave.pattern, one.pattern) for one in known)]
 
     def _making(
         self, name: str, what: str, target: int, family: Inverted, head: Head | None = None, budget: float | None = None

@@ -29,8 +29,8 @@ class SearchSettings(_Frozen):
     a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out` says how many
     times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a short
     scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may be).
-    Where none is, masks are compared: of the classes whose share grew by `clear_share` and of the `scanned` leaders of
-    the scan, one stands out that needs so many times less area than `references` classes of middle rank.
+    Where none is, masks are compared: of the classes whose share grew most or by `clear_share`, and of the `scanned`
+    leaders of the scan, one stands out that needs so many times less area than `references` classes of middle rank.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -65,8 +65,8 @@ class InversionSettings(SearchSettings):
     """Stage 1 with the smooth changes that only a bank needs.
 
     A warp has `warp_points` control points a side, and moves them by at most `warp_shift`, a share of the image's
-    side. A tint changes each colour's gain by at most `tint_gain` and adds at most `tint_offset`, smoothly between
-    `tint_points` a side.
+    side. A tint changes each colour's gain by at most `tint_gain` and adds at most `tint_offset` at its control points,
+    `tint_points` a side; between them the bicubic field may go further.
     """
 
     warp_points: Annotated[int, Field(ge=2)] = 4

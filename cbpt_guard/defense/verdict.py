@@ -21,6 +21,7 @@ from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 _CHANCE_ERRORS = 2.0
 _WARN_BELOW = 3.0
 _ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
+_SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,20 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
     alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
     if alone > max(worst, settings.found_asr):  # who takes the tuned rows out of heads.safetensors must know
         kept += f"; the tuned prompts without the test for triggered images would let {100 * alone:.1f} % through"
+    weak = _weak(run)
+    if weak is not None:
+        kept += f"; fresh triggers reached {100 * weak:.1f} % of the images without the guard, so they show little"
     return Verdict(name="guarded", reasons=(kept,))
+
+
+def _weak(run: RunMetrics) -> float | None:
+    """The least that any target was reached by its best fresh trigger without the guard, if that is less than half."""
+    best: dict[str, float] = {}
+    for one in run.triggers:
+        if one.origin == "fresh":
+            best[one.target] = max(best.get(one.target, 0.0), one.asr_before)
+    least = min(best.values(), default=1.0)
+    return least if least < _SHOWING else None
 
 
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
