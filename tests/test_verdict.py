@@ -79,7 +79,7 @@ def test_fresh_triggers_that_hardly_move_the_undefended_model_are_said_to_show_l
 ) -> None:
     weak = trigger(0.0, "fresh").model_copy(update={"asr_before": 0.007})
     best = weak.model_copy(update={"asr_before": reached})
-    verdict = judge(run(trigger(0.0), weak, best), ["b"], BOUNDS, keeps_accuracy=True)
+    verdict = judge(run(trigger(0.0), best, weak), ["b"], BOUNDS, keeps_accuracy=True)
     assert verdict.name == "guarded"
     assert ("reached 49.0 % of the images without the guard, so they show little" in verdict.reasons[0]) is told
     other = trigger(0.0, "fresh").model_copy(update={"target": "c"})
