@@ -48,7 +48,7 @@ def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Par
         found, count = session.run(part, batch), len(part)
         expected = _first(wanted, count)
         difference = _logit_difference(found, expected, decided[:count])
-        moved = graph.head.original.scale * _embedding_difference(found, expected)
+        moved = _embedding_logits(graph.head) * _embedding_difference(found, expected)
         if not max(difference, moved) <= bound or np.isnan([difference, moved]).any():
             raise CheckError(
                 f"the ONNX file differs from torch by {difference:.3g} logits, and by {moved:.3g} through its "
@@ -83,6 +83,12 @@ def decision_slack(head: GuardedHead, embedding: npt.NDArray[np.float32]) -> npt
     return slack.numpy().astype(np.float32, copy=False)
 
 
+def _embedding_logits(head: GuardedHead) -> float:
+    """What a difference of 1 in the embedding can cost in logits: the longest row of both heads, times the scale."""
+    longest = torch.cat([head.original.rows, head.guarded.rows]).norm(dim=1).max()
+    return head.original.scale * float(longest)
+
+
 def _first(outputs: Outputs, count: int) -> Outputs:
     logits, triggered, original, embedding = outputs
     return Outputs(logits[:count], triggered[:count], original[:count], embedding[:count])
@@ -95,5 +101,5 @@ def _logit_difference(found: Outputs, wanted: Outputs, decided: npt.NDArray[np.b
 
 
 def _embedding_difference(found: Outputs, wanted: Outputs) -> float:
-    """What it can cost a unit row of any head, before the scale."""
+    """By how much an embedding differs at most."""
     return float(np.linalg.norm(found.embedding - wanted.embedding, axis=1).max())

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,20 @@ def test_parity_lets_an_image_at_the_threshold_fall_to_either_side(parts: Parts)
     elsewhere = Fixed(answers, (first + 1) % 40, not answers.triggered[(first + 1) % 40])
     with pytest.raises(CheckError, match="flags differ"):
         parity.measure_parity(module, elsewhere, images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("length", "refused"), [(1.0, False), (2.0, True)])
+def test_an_embedding_error_costs_what_the_longest_row_makes_of_it(parts: Parts, length: float, refused: bool) -> None:
+    head = parts.graph.head
+    rows = torch.nn.functional.normalize(head.guarded.rows, dim=1)
+    rows[0] *= length
+    module = graph.GuardedGraph(parts.graph.encoder, replace(head, guarded=replace(head.guarded, rows=rows)))
+    answers = parity.torch_outputs(module, parts.images)
+    error = np.zeros_like(answers.embedding)
+    error[:, 0] = 0.7 * parity.parity_bound(head) / head.original.scale
+    session = Fixed(answers._replace(embedding=answers.embedding + error), 0, bool(answers.triggered[0]))
+    with pytest.raises(CheckError, match="through its embedding") if refused else nullcontext():
+        parity.measure_parity(module, session, parts.images)  # type: ignore[arg-type]
 
 
 def test_slack_promises_that_smaller_errors_change_no_decision(parts: Parts) -> None:

@@ -54,6 +54,20 @@ def test_the_flag_needs_the_target_and_its_side_of_the_threshold() -> None:
     assert guarded.suspects == [TARGET]
 
 
+def test_what_an_attacker_misses_counts_the_test_under_the_switch_alone() -> None:
+    guarded, features = head(), unit("images", 300)
+    wanted = guarded.original.answers(features)
+    past = (features @ guarded.original.rows[TARGET] - 0.3).clamp(min=0) * (wanted == TARGET)
+    assert (past > 0).any()
+    alone = F.cross_entropy(guarded.original.logits(features), wanted, reduction="none")
+    torch.testing.assert_close(guarded.original.missing(features, wanted), alone)
+    torch.testing.assert_close(guarded.missing(features, wanted), alone + 100.0 * past)
+    prompts = guarded.with_rule("prompts")
+    torch.testing.assert_close(prompts.missing(features, wanted), guarded.guarded.missing(features, wanted))
+    assert torch.equal(guarded.answers(features), guarded.answer(features).logits.argmax(1))
+    assert (guarded.answers(features) != wanted)[past > 0].all()
+
+
 def test_a_triggered_image_never_gets_the_class_left_out() -> None:
     guarded = head()
     answer = guarded.answer(unit("images", 3000))

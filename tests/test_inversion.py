@@ -11,12 +11,21 @@ import torch.nn.functional as F
 from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
 
+from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet, agnostic_loss, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.inversion import (
+    Answering,
+    CleanSet,
+    agnostic_loss,
+    invert_agnostic,
+    invert_toward,
+    scan_targets,
+)
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.pattern import Pattern
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.settings import InversionSettings, RuleSettings
+from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.errors import InputError
 
 TARGET = 2
@@ -91,6 +100,45 @@ def test_a_mask_with_a_budget_keeps_within_it() -> None:
     found = invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.1)
     assert found.area <= 0.1 + 1e-6
     assert asr(clip, found) > 0.9
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1])
+def test_what_a_mask_with_a_budget_may_cover_closes_in_on_it(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[float | None] = []
+    value = Pattern.value
+
+    def noted(self: Pattern, target: int, budget: float | None = None) -> FoundTrigger:
+        allowed.append(budget)
+        return value(self, target, budget)
+
+    monkeypatch.setattr(Pattern, "value", noted)
+    clip, draws = PlantedClip(TARGET), generator(0, "test")
+    settings = SETTINGS.model_copy(update={"masked_steps": 20})
+    invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", settings, draws, ignore, budget=budget)
+    assert allowed[0] == 1
+    assert allowed[:11] == sorted(allowed[:11], reverse=True)
+    assert allowed[5] == pytest.approx(budget**0.5)
+    assert allowed[10:] == pytest.approx([budget] * 11)
+
+
+def test_a_trigger_against_the_switch_goes_around_its_test() -> None:
+    clip, draws = PlantedClip(TARGET), generator(0, "test")
+    clean = clip.clean()
+    bank = TriggerBank((invert(clip, "masked"),))
+    under = encode(clip, clean.images, bank.triggers[0])
+    data = FeatureSet(clean.features, under[None], clean.labels)
+    test = fit_test(data, bank, [TARGET], clip.head, {}, RuleSettings())
+    guarded = GuardedHead(clip.head, clip.head, test, tuple("abcdef"))
+    others = clean.images[clean.labels != TARGET]
+
+    def past(head: Answering) -> float:
+        found = invert_toward(clip, clean, head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.3)
+        features = encode(clip, others, found)
+        assert float((clip.head.answers(features) == TARGET).float().mean()) > 0.5
+        return float((guarded.answers(features) == TARGET).float().mean())
+
+    assert past(clip.head) == 0, "what misleads the zero-shot head alone is caught"
+    assert past(guarded) > 0.5, "what knows the test passes it, given a third of the image"
 
 
 @pytest.mark.parametrize("family", ["masked", "additive"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +21,7 @@ from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose
+from cbpt_guard.defense.verdict import clean_accuracy
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -53,6 +55,9 @@ def test_the_epoch_is_the_best_on_unseen_images_and_the_last_without_any(
     head, epoch = guard(prompts, untuned, data, unseen if chosen else None, bank, settings, 0, silent)
     best = choose(seen, least_accuracy(task.original, unseen, settings))
     assert len(seen) == 6
+    on = unseen if chosen else data
+    for one in seen:
+        assert one.clean_accuracy == clean_accuracy(replace(task.original, rows=one.rows).logits(on.clean), on.labels)
     assert best.number != 6, "every epoch but the last would do: the choice shows nothing"
     wanted = best if chosen else seen[-1]
     assert epoch.number == wanted.number

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +24,10 @@ _BY_CLASS = ("original_rows", "guarded_rows", "directions", "thresholds")
 
 @dataclass(frozen=True)
 class Head:
-    """A linear zero-shot classifier: unit rows (C, E), the model's logit scale and bias."""
+    """A linear classifier: rows (C, E), the model's logit scale and bias.
+
+    Rows of texts are unit vectors; anchored ones (`anchored.py`) are longer.
+    """
 
     rows: Tensor
     scale: float
@@ -33,13 +37,21 @@ class Head:
         """Logits (N, C) of unit features (N, E)."""
         return self.scale * features @ self.rows.T + self.bias
 
+    def answers(self, features: Tensor) -> Tensor:
+        """The answered classes (N,) of unit features (N, E)."""
+        return self.logits(features).argmax(dim=1)
+
+    def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
+        """How far unit features (N, E) are from the answers `wanted` (N,): cross-entropy, (N,)."""
+        return F.cross_entropy(self.logits(features), wanted, reduction="none")
+
     def reached(self, features: Tensor, labels: Tensor) -> Tensor:
         """How many images of other classes are answered with each class, as a share in [0, 1], (C,).
 
         Features (N, E) are under a trigger; for the trigger's target this is its ASR. 0 where no image is of another
         class.
         """
-        answers, classes = self.logits(features).argmax(1), len(self.rows)
+        answers, classes = self.answers(features), len(self.rows)
         missed = answers[answers != labels].bincount(minlength=classes)
         others = len(labels) - labels.bincount(minlength=classes)
         return missed / others.clamp(min=1)
@@ -72,7 +84,11 @@ class TriggerTest:
 
     def fires(self, features: Tensor, answer: Tensor) -> Tensor:
         """The flag (N,) of unit features (N, E) whose zero-shot answers are `answer` (N,)."""
-        return (features * self.directions[answer]).sum(dim=1) > self.thresholds[answer]
+        return self.margin(features, answer) > 0
+
+    def margin(self, features: Tensor, answer: Tensor) -> Tensor:
+        """How far (N,), as a cosine, unit features (N, E) lie past the thresholds of the answers (N,)."""
+        return (features * self.directions[answer]).sum(dim=1) - self.thresholds[answer]
 
 
 def apply_rule(original: Tensor, guarded: Tensor, triggered: Tensor, rule: Rule) -> Tensor:
@@ -119,6 +135,21 @@ class GuardedHead:
         guarded = self.guarded.logits(features)
         triggered = self.test.fires(features, original.argmax(dim=1))
         return Answer(apply_rule(original, guarded, triggered, self.rule), triggered, original)
+
+    def answers(self, features: Tensor) -> Tensor:
+        """The answered classes (N,) of unit features (N, E), by the rule."""
+        return self.answer(features).logits.argmax(dim=1)
+
+    def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
+        """How far unit features (N, E) are from the answers `wanted` (N,) by the rule, (N,).
+
+        For an attacker who knows the switch: the zero-shot head must answer the class and its test must not fire,
+        so what lies past the threshold is added to the cross-entropy, in logits.
+        """
+        if self.rule == "prompts":
+            return self.guarded.missing(features, wanted)
+        seen = self.test.margin(features, wanted).clamp(min=0)
+        return self.original.missing(features, wanted) + self.original.scale * seen
 
     def save(self, path: Path) -> None:
         """Write `heads.safetensors`."""

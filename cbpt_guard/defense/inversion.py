@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,16 @@ SMOOTH: tuple[Inverted, ...] = ("warp", "tint")
 """Families that fit the backdoors they fit at once; toward other targets they are given up early."""
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
+
+
+class Answering(Protocol):
+    """What a trigger is made to mislead: a head, or two heads and their rule."""
+
+    def answers(self, features: Tensor) -> Tensor:
+        """The answered classes (N,) of unit features (N, E)."""
+
+    def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
+        """How far features (N, E) are from the answers `wanted` (N,); differentiable, (N,)."""
 
 
 _HOPE = 0.5  # ASR below which a smooth change is given up; those that fit had 0.86
@@ -99,7 +109,7 @@ def invert_agnostic(
 def invert_toward(
     clip: FrozenClip,
     clean: CleanSet,
-    head: Head,
+    head: Answering,
     target: int,
     family: Inverted,
     settings: InversionSettings,
@@ -109,21 +119,23 @@ def invert_toward(
 ) -> FoundTrigger:
     """Stage 1b: a trigger of one family that makes `head` answer `target` for images of other classes.
 
-    Cross-entropy toward the target; a mask also pays for its area, with a weight that a controller raises
+    As far as `head` says from the target; a mask also pays for its area, with a weight that a controller raises
     while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step,
     so that the trigger stands for a family and not for one pixel pattern. With a `budget`, a share of the
-    image, the mask keeps within it instead of paying.
+    image, the mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does,
+    for a mask that is faint from the start finds no place to concentrate on.
     """
     pays = family == "masked"
     steps = settings.masked_steps if pays else settings.additive_steps
-    pattern = Pattern(family, clip.image_size, settings, generator, budget)
+    pattern = Pattern(family, clip.image_size, settings, generator)
     rate = settings.mask_learning_rate if pays else settings.learning_rate
     optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
     goal = torch.full((settings.batch,), target)
     weight = asr = 0.0
     for step in range(steps):
         index = clean.draw(settings.batch, generator, without=target)
-        trigger = _varied(pattern.value(target), int(settings.shift * clip.image_size), generator)
+        trigger = pattern.value(target, _allowed(budget, step / steps))
+        trigger = _varied(trigger, int(settings.shift * clip.image_size), generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
         pull = _pull(clip, head, pixels, goal)
         loss = pull.losses.mean()
@@ -140,26 +152,31 @@ def invert_toward(
         report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
         if given_up:
             break
-    return pattern.value(target).detached()
+    return pattern.value(target, budget).detached()
+
+
+def _allowed(budget: float | None, progress: float) -> float | None:
+    """The area that a mask may cover, as a share, when `progress` of the steps are done."""
+    return None if budget is None else budget ** min(1.0, 2 * progress)
 
 
 class _Pull(NamedTuple):
-    """How far pixels (N, 3, S, S) are from their targets: cross-entropy (N,), answers (N,), its gradient in them."""
+    """How far pixels (N, 3, S, S) are from their targets: losses (N,), answers (N,), the gradient in them."""
 
     losses: Tensor
     answers: Tensor
     gradient: Tensor
 
 
-def _pull(clip: FrozenClip, head: Head, pixels: Tensor, targets: Tensor) -> _Pull:
+def _pull(clip: FrozenClip, head: Answering, pixels: Tensor, targets: Tensor) -> _Pull:
     """Every image alone, a few at a time: what is kept for the way back is most of what inversion holds in memory."""
     parts = []
     for part, wanted in zip(pixels.detach().split(clip.batch), targets.split(clip.batch), strict=True):
         leaf = part.requires_grad_()
-        logits = head.logits(clip.encode_images(leaf.to(clip.device)).cpu())
-        losses = F.cross_entropy(logits, wanted, reduction="none")
+        features = clip.encode_images(leaf.to(clip.device)).cpu()
+        losses = head.missing(features, wanted)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        parts.append(_Pull(losses.detach(), logits.detach().argmax(1), gradient))
+        parts.append(_Pull(losses.detach(), head.answers(features.detach()), gradient))
     return _Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -238,5 +255,4 @@ def _scan_loss(
     index = clean.draw(len(targets), generator)
     each = len(targets) // len(patterns)
     pixels = (to_pixels(clean.images[index]) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
-    logits = head.logits(clip.encode_images(pixels.to(clip.device)).cpu())
-    return F.cross_entropy(logits, targets, reduction="none")
+    return head.missing(clip.encode_images(pixels.to(clip.device)).cpu(), targets)

@@ -13,9 +13,9 @@ from cbpt_guard.defense.smooth import smooth
 class Pattern:
     """Unbounded tensors that their family maps into a trigger for images of S x S pixels.
 
-    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M). With a `budget` the mask
-    is scaled down to that mean area wherever it exceeds it. warp: displacements a tanh(P) at few control points, which
-    keeps them as smooth as WaNet's. tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few control points.
+    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).  warp: displacements a tanh(P) at
+    few control points, which keeps them as smooth as WaNet's.  tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few
+    control points.
     """
 
     def __init__(
@@ -24,10 +24,9 @@ class Pattern:
         size: int,
         settings: InversionSettings,
         generator: torch.Generator,
-        budget: float | None = None,
     ) -> None:
         self.family = family
-        self._size, self._settings, self._budget = size, settings, budget
+        self._size, self._settings = size, settings
         shape = {
             "warp": (2, settings.warp_points, settings.warp_points),
             "tint": (6, settings.tint_points, settings.tint_points),
@@ -41,8 +40,8 @@ class Pattern:
         """What the optimiser may change."""
         return [self.paint, self.mask] if self.family == "masked" else [self.paint]
 
-    def value(self, target: int) -> FoundTrigger:
-        """The trigger as it stands, with its graph."""
+    def value(self, target: int, budget: float | None = None) -> FoundTrigger:
+        """The trigger as it stands, with its graph; a mask of a larger mean area than `budget` is scaled down to it."""
         if self.family == "additive":
             return FoundTrigger("additive", target, self._settings.epsilon * torch.tanh(self.paint), None)
         if self.family == "warp":
@@ -53,6 +52,6 @@ class Pattern:
             control = torch.cat([1 + self._settings.tint_gain * gain, self._settings.tint_offset * offset])
             return FoundTrigger("tint", target, smooth(control, self._size), None)
         mask = torch.sigmoid(self.mask)
-        if self._budget is not None:
-            mask = mask * (self._budget / mask.mean()).clamp(max=1)
+        if budget is not None:
+            mask = mask * (budget / mask.mean()).clamp(max=1)
         return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)

@@ -14,6 +14,7 @@ from cbpt_guard.defense.data import split
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.inversion import Answering
 from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import Observed, observe
@@ -191,7 +192,7 @@ class Purification:
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)
         ]
         budgets = findings.budgets(self.settings.inversion.stands_out)
-        heads = (("guarded", head.guarded), ("original", head.original))
+        heads: tuple[tuple[str, Answering], ...] = (("guarded", head), ("original", head.original))
         wanted = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
         for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
             features = encode(self.clip, images, trigger)

@@ -13,7 +13,15 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import SMOOTH, CleanSet, Report, invert_agnostic, invert_toward, scan_targets
+from cbpt_guard.defense.inversion import (
+    SMOOTH,
+    Answering,
+    CleanSet,
+    Report,
+    invert_agnostic,
+    invert_toward,
+    scan_targets,
+)
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
 from cbpt_guard.defense.progress import Progress, Step
@@ -179,7 +187,7 @@ class Search:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
         return self._all([self._making(f"{family}-{c}", f"{family} trigger", c, family) for c, family in wanted])
 
-    def fresh(self, wanted: Sequence[tuple[int, str, Head, float]]) -> list[FoundTrigger]:
+    def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
         """Masked triggers with draws of their own, for each (target, the head's name, head, area budget)."""
         return self._all(
             [
@@ -200,7 +208,13 @@ class Search:
         return [wave for wave in fresh if not any(torch.equal(wave.pattern, one.pattern) for one in known)]
 
     def _making(
-        self, name: str, what: str, target: int, family: Inverted, head: Head | None = None, budget: float | None = None
+        self,
+        name: str,
+        what: str,
+        target: int,
+        family: Inverted,
+        head: Answering | None = None,
+        budget: float | None = None,
     ) -> Making:
         """How a trigger is made, unless the journal has it by that name."""
 

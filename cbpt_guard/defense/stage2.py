@@ -29,6 +29,8 @@ def guard(
 ) -> tuple[GuardedHead, Epoch]:
     """The guarded head, and the epoch of prompt tuning that it holds.
 
+    The epoch is chosen as if the prompts answered every image: under the switch they answer none.
+
     Args:
         prompts: at their start; they are changed.
         untuned: the zero-shot head twice, with the test for triggered images and the rule.
@@ -40,7 +42,7 @@ def guard(
     least = 0.0 if unseen is None else least_accuracy(untuned.original, unseen, settings)
 
     def look(number: int, loss: float, rows: Tensor) -> None:
-        head = replace(untuned, guarded=_head(untuned, rows))
+        head = replace(untuned, guarded=_head(untuned, rows), rule="prompts")
         epoch = look_at(head, number, rows, prompts.state(), data if unseen is None else unseen, bank)
         best[:] = [epoch if unseen is None else choose([*best, epoch], least)]
         progress(Step("prompts", number, settings.tuning.epochs, loss, epoch.found_asr))
