@@ -161,6 +161,18 @@ def test_the_sanity_sentence_counts_what_holds() -> None:
     assert "undefended shares exactly in 2 of 4 lines" in text
 
 
+def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
+    again = Shares(**(dict(line().undefended) | {"ca": 0.512, "asr": 0.93}))
+    one, two = line(split="test"), line(split="test", defense="oracle", undefended=again)
+    other = line(split="test", implant="sig", attack="sig")
+    assert "planted more than once" not in table([one, other])
+    text = table([one, two, other])
+    assert "1 of 2 suspects and triggers were planted more than once" in text
+    assert "the undefended CA differs by up to 1.2 points, the ASR by up to 3.0." in text
+    elsewhere = line(seed=1, undefended=again)
+    assert "planted more than once" not in table([line(), elsewhere]), "other shots leave other images to count"
+
+
 def test_the_cost_is_told_per_defence() -> None:
     text = table([*OURS, line(defense="cbpt", seed=3, seconds=100, cpu_seconds=200, peak_mb=900)])
     assert "| cbpt | 2 | 2 | 200 | 900 |" in text

@@ -1,7 +1,7 @@
 """CBPT with one thing changed: what each part of the method is worth. Every variant is a defence for a plan.
 
 All take the found triggers of the task's own purified run, so that nothing but the named part differs; the test and
-the heads are fitted and chosen as `purify` does it, the epoch of the prompts by what serves the switch. `cbpt` and
+the heads are fitted and chosen as `purify` does it. `cbpt` and
 `cbpt-prompts` are the methods unchanged, and `clean-prompts` is what is left without stage 1.
 """
 

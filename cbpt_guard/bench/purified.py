@@ -25,10 +25,7 @@ def cbpt(task: Task, settings: Settings = CBPT) -> Defended:
 
 
 def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
-    """CBPT as the paper has it, every image answered from the tuned prompts; of the same run and epoch as `cbpt`.
-
-    The epoch is thus the one that serves the switch best, not the prompts alone.
-    """
+    """CBPT as the paper has it, every image answered from the tuned prompts; of the same run as `cbpt`."""
     return _defended(task, _by_prompts(task, purified_run(task, settings)))
 
 
@@ -93,7 +90,7 @@ def _record(record: RunRecord, metrics: RunMetrics) -> RunRecord:
     rule = settings.rule.model_copy(update={"name": "prompts"})
     least = metrics.clean_accuracy_before - settings.tuning.accuracy_slack
     suspects = [suspect.label for suspect in record.suspects]
-    keeps = metrics.clean_accuracy_after >= least
+    keeps = not metrics.held_out or metrics.clean_accuracy_after >= least
     verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps)
     stored = settings.model_copy(update={"rule": rule}).model_dump(mode="json")
     return record.model_copy(update={"rule": "prompts", "settings": stored, "verdict": verdict})

@@ -100,7 +100,7 @@ def table(lines: Sequence[Line]) -> str:
                 f"**{dataset}, {shots} shots a class: the clean model under the same triggers**",
                 _table(control, found),
             ]
-    parts += [_lost(found), _sanity(lines), _cost(found)]
+    parts += [_lost(found), _sanity(lines), _plantings(lines), _cost(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -175,6 +175,29 @@ def _sanity(lines: Sequence[Line]) -> str:
         "Sanity: with triggers switched off ASR equals the target's false-positive rate "
         f"in {kept} of {len(off)} lines; the defence that touches nothing repeats the undefended "
         f"shares exactly in {same} of {len(untouched)} lines."
+    )
+
+
+def _plantings(lines: Sequence[Line]) -> str:
+    """How far the undefended shares of one attack lie apart over its lines of `test`, whose images are always the same.
+
+    Seeds draw shots: an attack has one implant, and where the shares differ it was planted again.
+    """
+    found: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        if line.split == "test":
+            found.setdefault((line.dataset, line.implant, line.attack), []).append(line)
+    several = [group for group in found.values() if any(line.undefended != group[0].undefended for line in group)]
+    if not several:
+        return ""
+    ca, asr = (
+        max(max(values) - min(values) for values in ([getattr(line.undefended, name) for line in g] for g in several))
+        for name in ("ca", "asr")
+    )
+    return (
+        f"{len(several)} of {len(found)} suspects and triggers were planted more than once by the same recipe, which "
+        "differs in the last digits from machine to machine: over their lines the undefended CA differs by up to "
+        f"{100 * ca:.{_DIGITS}f} points, the ASR by up to {100 * asr:.{_DIGITS}f}."
     )
 
 
