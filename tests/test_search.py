@@ -111,7 +111,7 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     search(tmp_path, PlantedClip(TARGET)).run()
     names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
     reference = "masked-3"  # a class of middle rank, which says what area is natural
-    assert names == {"agnostic", "scan", "waves", "masked-2", "additive-2", "warp-2", "tint-2", reference}
+    assert names == {"agnostic", "scan", "waves", "masked-2", "additive-2", "patch-2", "warp-2", "tint-2", reference}
     natural = found.candidates[0].natural
     assert natural is not None
     assert natural > SETTINGS.stands_out * found.candidates[0].area

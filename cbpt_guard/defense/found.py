@@ -19,18 +19,19 @@ from cbpt_guard.defense.smooth import tinted
 from cbpt_guard.defense.warp import moved
 from cbpt_guard.errors import InputError
 
-Inverted = Literal["additive", "masked", "warp", "tint"]
+Inverted = Literal["additive", "masked", "patch", "warp", "tint"]
 """Families that an inversion can make."""
-Family = Literal["additive", "masked", "warp", "tint", "wave"]
+Family = Literal["additive", "masked", "patch", "warp", "tint", "wave"]
 
 
 @dataclass(frozen=True)
 class FoundTrigger:
     """A trigger that inversion found toward class `target`.
 
-    additive, wave: x' = clip(x + pattern);  masked: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p + pattern(p));
-    tint: x' = clip(gain x + offset). `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right and down, for
-    a tint (6, S, S), gains and offsets; `mask` (1, S, S) in [0, 1], None for all but the masked.
+    additive, wave: x' = clip(x + pattern);  masked, patch: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p +
+    pattern(p));  tint: x' = clip(gain x + offset). `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right
+    and down, for a tint (6, S, S), gains and offsets; `mask` (1, S, S) in [0, 1], of 0 and 1 alone for a patch, None
+    for those without.
     """
 
     family: Family
@@ -62,7 +63,7 @@ class FoundTrigger:
     def fits(self, size: int) -> bool:
         """Whether it is of the shapes that its family has for images of S = `size` pixels a side."""
         channels = {"warp": 2, "tint": 6}.get(self.family, 3)
-        masked = self.mask is None if self.family != "masked" else self.mask is not None
+        masked = (self.mask is not None) == (self.family in ("masked", "patch"))
         return (
             masked
             and self.pattern.shape == (channels, size, size)

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.found import FoundTrigger, Inverted
+from cbpt_guard.defense.found import FoundTrigger, Inverted, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.settings import InversionSettings
 
-SMOOTH: tuple[Inverted, ...] = ("warp", "tint")
+NARROW: tuple[Inverted, ...] = ("patch", "warp", "tint")
 """Families that fit the backdoors they fit at once; toward other targets they are given up early."""
 Report = Callable[[int, int, float, float], None]
 """Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
@@ -39,9 +39,9 @@ class Answering(Protocol):
         """How far features (N, E) are from the answers `wanted` (N,); differentiable, (N,)."""
 
 
-_HOPE = 0.5  # ASR below which a smooth change is given up; those that fit had 0.86
+_HOPE = 0.5  # ASR below which a trigger of a narrow family is given up; those that fit had 0.86
 PATIENCE = 20
-"""Steps after which a smooth change may be given up."""
+"""Steps after which a trigger of a narrow family may be given up."""
 
 
 @dataclass(frozen=True)
@@ -121,38 +121,61 @@ def invert_toward(
 
     As far as `head` says from the target; a mask also pays for its area, with a weight that a controller raises
     while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step,
-    so that the trigger stands for a family and not for one pixel pattern. With a `budget`, a share of the
+    so that the trigger stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it
+    works best. With a `budget`, a share of the
     image, the mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does,
     for a mask that is faint from the start finds no place to concentrate on.
     """
     pays = family == "masked"
     steps = settings.masked_steps if pays else settings.additive_steps
     pattern = Pattern(family, clip.image_size, settings, generator)
-    rate = settings.mask_learning_rate if pays else settings.learning_rate
+    shift = (clip.image_size - pattern.side) // 2 if family == "patch" else int(settings.shift * clip.image_size)
+    rate = settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
     optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
     goal = torch.full((settings.batch,), target)
     weight = asr = 0.0
     for step in range(steps):
         index = clean.draw(settings.batch, generator, without=target)
-        trigger = pattern.value(target, _allowed(budget, step / steps))
-        trigger = _varied(trigger, int(settings.shift * clip.image_size), generator)
+        trigger = _varied(pattern.value(target, _allowed(budget, step / steps)), shift, generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
         pull = _pull(clip, head, pixels, goal)
         loss = pull.losses.mean()
         asr = 0.7 * asr + 0.3 * float((pull.answers == target).float().mean())
         optimiser.zero_grad()
         pixels.backward(pull.gradient / len(goal), retain_graph=True)
-        if trigger.mask is not None and budget is None:
+        if pays and budget is None and trigger.mask is not None:
             weight = min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
             paid = weight * trigger.mask.mean()
             paid.backward()
             loss = loss + paid
         optimiser.step()
-        given_up = family in SMOOTH and step + 1 == min(PATIENCE, steps // 2) and asr < _HOPE
+        given_up = family in NARROW and step + 1 == min(PATIENCE, steps // 2) and asr < _HOPE
         report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
         if given_up:
             break
-    return pattern.value(target, budget).detached()
+    found = pattern.value(target, budget).detached()
+    return found if family != "patch" else settled(clip, clean, head, found, shift, settings, generator)
+
+
+@torch.no_grad()
+def settled(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Answering,
+    patch: FoundTrigger,
+    shift: int,
+    settings: InversionSettings,
+    generator: torch.Generator,
+) -> FoundTrigger:
+    """The patch at that of `patch_places` x `patch_places` places, up to `shift` pixels off, where it works best.
+
+    A backdoor that was trained at one place answers most surely there.
+    """
+    index = clean.draw(settings.batch, generator, without=patch.target)
+    images, goal = clean.images[index], torch.full((len(index),), patch.target)
+    steps = torch.linspace(-shift, shift, settings.patch_places).round().int().tolist()
+    places = [patch.rolled(down, right) for down in steps for right in steps]
+    return min(places, key=lambda place: float(head.missing(encode(clip, images, place), goal).mean()))
 
 
 def _allowed(budget: float | None, progress: float) -> float | None:

@@ -13,7 +13,8 @@ from cbpt_guard.defense.smooth import smooth
 class Pattern:
     """Unbounded tensors that their family maps into a trigger for images of S x S pixels.
 
-    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).  warp: displacements a tanh(P) at
+    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).  patch: the same
+    with the mask 1 on a square in the middle, 0 elsewhere.  warp: displacements a tanh(P) at
     few control points, which keeps them as smooth as WaNet's.  tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few
     control points.
     """
@@ -40,6 +41,11 @@ class Pattern:
         """What the optimiser may change."""
         return [self.paint, self.mask] if self.family == "masked" else [self.paint]
 
+    @property
+    def side(self) -> int:
+        """Pixels of a patch's side."""
+        return max(2, round(self._settings.patch_side * self._size))
+
     def value(self, target: int, budget: float | None = None) -> FoundTrigger:
         """The trigger as it stands, with its graph; a mask of a larger mean area than `budget` is scaled down to it."""
         if self.family == "additive":
@@ -51,7 +57,17 @@ class Pattern:
             gain, offset = torch.tanh(self.paint).split(3)
             control = torch.cat([1 + self._settings.tint_gain * gain, self._settings.tint_offset * offset])
             return FoundTrigger("tint", target, smooth(control, self._size), None)
+        if self.family == "patch":
+            mask = square(self._size, self.side)
+            return FoundTrigger("patch", target, mask * torch.sigmoid(self.paint), mask)
         mask = torch.sigmoid(self.mask)
         if budget is not None:
             mask = mask * (budget / mask.mean()).clamp(max=1)
         return FoundTrigger("masked", target, torch.sigmoid(self.paint), mask)
+
+
+def square(size: int, side: int) -> Tensor:
+    """A mask (1, S, S): 1 on a square of `side` pixels in the middle of S = `size`."""
+    mask, first = torch.zeros(1, size, size), (size - side) // 2
+    mask[:, first : first + side, first : first + side] = 1
+    return mask

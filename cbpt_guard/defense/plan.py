@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import PATIENCE, SMOOTH, CleanSet, invert_agnostic, scan_images
+from cbpt_guard.defense.inversion import NARROW, PATIENCE, CleanSet, invert_agnostic, scan_images
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
@@ -113,7 +113,7 @@ def _expected(
         + _scanned(stage1, classes) * backward
         + heard_images(size, stage1) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
-        + (stage1.additive_steps + len(SMOOTH) * min(PATIENCE, stage1.additive_steps // 2)) * stage1.batch * backward
+        + (stage1.additive_steps + len(NARROW) * min(PATIENCE, stage1.additive_steps // 2)) * stage1.batch * backward
     )
     return {
         "features": (kept + held) * forward,

@@ -14,7 +14,7 @@ from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import (
-    SMOOTH,
+    NARROW,
     Answering,
     CleanSet,
     Report,
@@ -35,7 +35,7 @@ from cbpt_guard.errors import InputError
 Making = Callable[[Progress], FoundTrigger]
 _PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
 _SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
-_SMOOTH_ASR = 0.9  # from which warps and tints tell where triggered images lie: a weak one blurs the test for them
+_NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie: a weak one blurs the test for them
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -57,7 +57,8 @@ class Findings:
         As much as the found one, and no more than would make a class stand out: with more, any image can be painted
         over with the target, backdoor or not.
         """
-        found = {item.index: [one.area for one in self.bank if one.target == item.index] for item in self.candidates}
+        masks = [one for one in self.bank if one.family == "masked"]
+        found = {item.index: [one.area for one in masks if one.target == item.index] for item in self.candidates}
         striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
         return {target: min(found[target] + striking.get(target, [])) for target in self.suspects}
 
@@ -232,9 +233,9 @@ class Search:
 
     def _bank(self, targets: Sequence[int]) -> TriggerBank:
         agnostic = self._agnostic()
-        families: tuple[Inverted, ...] = ("masked", "additive", *SMOOTH)
+        families: tuple[Inverted, ...] = ("masked", "additive", *NARROW)
         made = self.toward([(c, family) for c in targets for family in families])
-        triggers = [one for one in made if one.family not in SMOOTH or self._reached(one)[one.target] >= _SMOOTH_ASR]
+        triggers = [one for one in made if one.family not in NARROW or self._reached(one)[one.target] >= _NARROW_ASR]
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))
