@@ -23,7 +23,7 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.defense.waves import heard_images
 
-_TRIGGERS = 4  # masked, additive, agnostic and a smooth one toward one suspect, at most the usual bank
+_TRIGGERS = 4  # masked, additive, agnostic and one of a narrow family toward one suspect, at most the usual bank
 
 
 class Plan(BaseModel):

@@ -1,0 +1,113 @@
+"""Patches that inversion makes: a square that may lie anywhere, and stays where the backdoor answers most surely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import SIZE, PlantedClip
+from torch import Tensor
+
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.inversion import invert_toward
+from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.pattern import Pattern, square
+from cbpt_guard.defense.search import Search
+from cbpt_guard.defense.settings import InversionSettings
+
+TARGET, SIDE = 2, 4
+SETTINGS = InversionSettings(
+    masked_steps=40, additive_steps=60, agnostic_steps=5, mask_learning_rate=0.5, patch_side=SIDE / SIZE
+)
+
+
+class AnywhereClip(PlantedClip):
+    """Reads fine stripes wherever they lie as the target, a little more surely near one corner."""
+
+    def __init__(self, corner: bool) -> None:
+        super().__init__(None)
+        last = SIZE - SIDE
+        near = torch.arange(last + 1.0) / last
+        if not corner:
+            near = near.flip(0)
+        self.sure = 0.8 + 0.2 * near[:, None] * near
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        stripes = F.conv2d(pixels.mean(1, keepdim=True), self.stripes[None, None] / SIDE**2)[:, 0]
+        seen = (20 * stripes * self.sure).logsumexp((1, 2)) / 20
+        strength = F.softplus(40 * (seen - 0.25)) / 4
+        return F.normalize(self._coarse(pixels) + strength[:, None] * self.head.rows[TARGET], dim=1)
+
+
+def inverted(clip: PlantedClip, settings: InversionSettings = SETTINGS) -> tuple[FoundTrigger, int]:
+    steps: list[int] = []
+
+    def report(step: int, of: int, loss: float, asr: float) -> None:
+        steps.append(of)
+
+    draws = generator(0, "test")
+    return invert_toward(clip, clip.clean(), clip.head, TARGET, "patch", settings, draws, report), steps[-1]
+
+
+def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:
+    unseen = clip.clean(seed=9)
+    return float(clip.head.reached(encode(clip, unseen.images, trigger), unseen.labels)[TARGET])
+
+
+@pytest.mark.parametrize("corner", [True, False])
+def test_a_patch_that_works_anywhere_is_found_and_stays_where_it_works_best(corner: bool) -> None:
+    clip = AnywhereClip(corner)
+    before = Pattern("patch", SIZE, SETTINGS, generator(0, "test")).value(TARGET).detached()
+    found, steps = inverted(clip)
+    assert reached(clip, before) < 0.2
+    assert reached(clip, found) > 0.9
+    assert steps == SETTINGS.additive_steps
+    assert found.mask is not None
+    assert found.area == (SIDE / SIZE) ** 2
+    half = slice(SIZE // 2, None) if corner else slice(SIZE // 2)
+    assert found.mask[:, half, half].sum() >= SIDE**2 * 3 / 4
+    assert (found.pattern * (1 - found.mask)).abs().max() == 0, "nothing lies outside"
+
+
+def test_the_place_is_one_of_those_tried() -> None:
+    found, _ = inverted(AnywhereClip(corner=True), SETTINGS.model_copy(update={"patch_places": 3}))
+    assert found.mask is not None
+    first = [int(found.mask[0].amax(axis).nonzero()[0]) for axis in (1, 0)]
+    assert set(first) <= {0, (SIZE - SIDE) // 2, SIZE - SIDE}
+
+
+def test_toward_an_innocent_class_it_is_given_up_early() -> None:
+    found, steps = inverted(PlantedClip(None))
+    assert steps == 20
+    assert reached(PlantedClip(None), found) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("clip", "held"), [(AnywhereClip(True), True), (PlantedClip(None), False)], ids=["anywhere", "innocent"]
+)
+def test_the_bank_holds_a_patch_that_reaches_the_target_and_no_other(
+    tmp_path: Path, clip: PlantedClip, held: bool
+) -> None:
+    names = [f"class {number}" for number in range(6)]
+    journal = Journal(tmp_path, {})
+    searching = Search(clip, clip.clean(), clip.head, names, SETTINGS, 0, journal, progress=lambda step: None)
+    bank = searching.run(observed=[TARGET]).bank
+    assert ("patch" in {trigger.family for trigger in bank if trigger.target == TARGET}) is held
+    bank.save(tmp_path / "bank.safetensors")
+    for kept, one in zip(TriggerBank.load(tmp_path / "bank.safetensors"), bank, strict=True):
+        assert kept.family == one.family
+        assert torch.equal(kept.pattern, one.pattern)
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 4), (16, 5), (7, 2)])
+def test_a_square_lies_in_the_middle(size: int, side: int) -> None:
+    mask = square(size, side)
+    assert mask.sum() == side**2
+    rows = mask[0].amax(1).nonzero()[:, 0]
+    assert abs(int(rows[0]) - (size - 1 - int(rows[-1]))) <= 1
+
+
+def test_a_patch_has_a_side_of_two_pixels_at_least() -> None:
+    assert Pattern("patch", 8, InversionSettings(), generator(0, "test")).side == 2
