@@ -110,7 +110,7 @@ def show_run(run: PurifyRun) -> None:
 def _show_triggers(metrics: RunMetrics) -> None:
     rows = [
         (
-            " ".join((t.origin, t.family, *([f"({t.against} head)"] if t.against else []), "->", t.target)),
+            " ".join((t.origin, t.family, *([f"({t.against} model)"] if t.against else []), "->", t.target)),
             str(t.images),
             *(
                 percent(share)

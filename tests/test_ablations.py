@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 import quick_cbpt
@@ -20,6 +20,7 @@ from cbpt_guard.bench.rival import shot_features
 from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
+from cbpt_guard.defense.found import Family
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.tuning import FeatureSet, tune
 from cbpt_guard.errors import CheckError
@@ -125,3 +126,9 @@ def test_a_copy_by_prompts_of_another_run_is_refused(unchanged: tuple[Defended, 
             cbpt_prompts(task, SETTINGS)
     finally:
         path.write_text(kept)
+
+
+def test_what_is_left_out_leaves_every_other_family() -> None:
+    assert set(Change().kept) == set(get_args(Family))
+    assert set(Change(without=("warp", "tint")).kept) == set(get_args(Family)) - {"warp", "tint"}
+    assert Change(families=("masked", "patch"), without=("patch",)).kept == ("masked",)

@@ -163,14 +163,16 @@ def test_the_sanity_sentence_counts_what_holds() -> None:
 
 def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
     again = Shares(**(dict(line().undefended) | {"ca": 0.512, "asr": 0.93}))
+    several = (line().undefended, again)
     one, two = line(split="test"), line(split="test", defense="oracle", undefended=again)
     other = line(split="test", implant="sig", attack="sig")
-    assert "planted more than once" not in table([one, other])
-    text = table([one, two, other])
-    assert "1 of 2 suspects and triggers were planted more than once" in text
-    assert "the undefended CA differs by up to 1.2 points, the ASR by up to 3.0." in text
+    assert "planted again" not in table([one, other])
+    unattacked = [line(split="test", attack=name, undefended=shares) for name in ("off", "none") for shares in several]
+    text = table([one, two, other, *unattacked])
+    assert "1 of 2 attacks have lines with differing undefended shares" in text
+    assert "The undefended CA differs by up to 1.2 points there, the ASR by up to 3.0." in text
     elsewhere = line(seed=1, undefended=again)
-    assert "planted more than once" not in table([line(), elsewhere]), "other shots leave other images to count"
+    assert "planted again" not in table([line(), elsewhere]), "other shots leave other images to count"
 
 
 def test_the_cost_is_told_per_defence() -> None:

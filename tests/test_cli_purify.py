@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from cbpt_guard.cli import show
 from cbpt_guard.defense import search, suspect
+from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
 
@@ -121,8 +122,8 @@ def test_people_read_tables_and_the_verdict_on_stderr(guarded: tuple[Path, dict[
     stderr = guarded[2]
     for text in (
         "candidate targets",
-        "fresh masked (guarded head) -> ",
-        "fresh masked (original head) -> ",
+        "fresh masked (guarded model) -> ",
+        "fresh masked (original model) -> ",
         "ASR before",
         "PA prompts",
         "clean recall",
@@ -218,6 +219,8 @@ def test_a_new_class_list_needs_no_new_inversion(
     said = json.loads(result.stdout)
     fresh = [name for name, given in made if given[-1] is None or name != "invert_toward"]
     assert fresh == []  # what was inverted attacks the finished guard, within the found trigger's budget
+    misled = [given[2] for _, given in made]
+    assert sum(isinstance(one, GuardedHead) and one.rule == "switch" for one in misled) == len(misled) / 2 > 0
     planned = json.loads(purify("--reuse", guarded[0], "--dry-run", "--json", "--out", "other").stdout)
     assert planned["seconds"]["stage 1: inversion"] == 0
     names = [item["label"] for item in said["metrics"]["classes"]]

@@ -71,6 +71,20 @@ def test_a_patch_that_works_anywhere_is_found_and_stays_where_it_works_best(corn
     assert (found.pattern * (1 - found.mask)).abs().max() == 0, "nothing lies outside"
 
 
+def test_it_lies_anywhere_while_it_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    rolled, places = FoundTrigger.rolled, list[tuple[int, int]]()
+
+    def noted(self: FoundTrigger, down: int, right: int) -> FoundTrigger:
+        places.append((down, right))
+        return rolled(self, down, right)
+
+    monkeypatch.setattr(FoundTrigger, "rolled", noted)
+    inverted(AnywhereClip(corner=True))
+    learning = places[: SETTINGS.additive_steps]
+    assert {abs(number) for place in learning for number in place} == set(range((SIZE - SIDE) // 2 + 1))
+    assert len(places) == SETTINGS.additive_steps + SETTINGS.patch_places**2
+
+
 def test_the_place_is_one_of_those_tried() -> None:
     found, _ = inverted(AnywhereClip(corner=True), SETTINGS.model_copy(update={"patch_places": 3}))
     assert found.mask is not None

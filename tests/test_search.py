@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import PlantedClip
+from planted import SIZE, PlantedClip
 
-from cbpt_guard.defense.found import TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import observe
+from cbpt_guard.defense.pattern import square
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.search import Findings, Search, adopt
@@ -143,12 +144,16 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class(tmp_path: Pa
 
 
 def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:
-    area = min(trigger.area for trigger in found.bank)
+    area = min(trigger.area for trigger in found.bank if trigger.family == "masked")
+    tiny = FoundTrigger("patch", TARGET, torch.zeros(3, SIZE, SIZE), square(SIZE, 1))
+    found = replace(found, bank=TriggerBank((*found.bank, tiny)))
     assert found.budgets(4.0) == {TARGET: pytest.approx(area)}
     wide = replace(found, candidates=(found.candidates[0].model_copy(update={"natural": 2 * area}),))
     assert wide.budgets(4.0) == {TARGET: pytest.approx(area / 2)}
     unknown = found.candidates[0].model_copy(update={"natural": None})
     assert replace(found, candidates=(unknown,)).budgets(4.0) == {TARGET: pytest.approx(area)}
+    additive = TriggerBank(tuple(trigger for trigger in found.bank if trigger.family == "additive"))
+    assert replace(found, bank=additive, candidates=(unknown,)).budgets(4.0) == {TARGET: 1.0}, "as --reuse may leave it"
     cleared = found.candidates[0].model_copy(update={"stands_out": False})
     assert replace(found, candidates=(cleared,)).budgets(4.0) == {}
 

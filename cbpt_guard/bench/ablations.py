@@ -1,14 +1,14 @@
 """CBPT with one thing changed: what each part of the method is worth. Every variant is a defence for a plan.
 
 All take the found triggers of the task's own purified run, so that nothing but the named part differs; the test and
-the heads are fitted and chosen as `purify` does it. `cbpt` and
-`cbpt-prompts` are the methods unchanged, and `clean-prompts` is what is left without stage 1.
+the heads are fitted and chosen as `purify` does it. `cbpt` and `cbpt-prompts` are the methods unchanged, and
+`clean-prompts` is what is left without stage 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Change:
 
     Args:
         families: of the found triggers that are kept; None keeps all.
+        without: families of those that are left out.
         true_trigger: the planted triggers take the place of the found ones.
         kl_weight: of the term that holds the prompts near the zero-shot answers.
         prompts: a context for each class, or one for all.
@@ -59,12 +60,20 @@ class Change:
     """
 
     families: tuple[Family, ...] | None = None
+    without: tuple[Family, ...] = ()
     true_trigger: bool = False
     kl_weight: float = CBPT.tuning.kl_weight
     prompts: type[ClassPrompts] = ClassPrompts
     template: str | None = None
     rule: Rule = "switch"
     answers: Literal["anchored", "prompts"] = "anchored"
+
+    @property
+    def kept(self) -> tuple[Family, ...]:
+        """The families whose found triggers are kept."""
+        families: tuple[Family, ...] = get_args(Family)
+        wanted = families if self.families is None else self.families
+        return tuple(family for family in wanted if family not in self.without)
 
 
 def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
@@ -96,10 +105,10 @@ def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBa
     folder = task.folder / _FOLDER
     folder.mkdir(exist_ok=True)
     journal = Journal(folder, {"run": run.record.created})
-    numbered = [(k, t) for k, t in enumerate(run.bank()) if change.families is None or t.family in change.families]
+    numbered = [(k, t) for k, t in enumerate(run.bank()) if t.family in change.kept]
     parts = [journal.tensor(f"{k}", lambda t=t: encode(task.clip, task.shots.images, t)) for k, t in numbered]  # type: ignore[misc]
     if not parts:
-        raise CheckError(f"{run.path} found no trigger of the families {', '.join(change.families or ())}")
+        raise CheckError(f"{run.path} found no trigger of the families {', '.join(change.kept)}")
     return (
         TriggerBank(tuple(t for _, t in numbered)),
         torch.stack(parts),
@@ -117,14 +126,19 @@ def masked_only(task: Task) -> Defended:
     return ablated(task, Change(families=("masked",)))
 
 
+def no_patch(task: Task) -> Defended:
+    """Without patches; the masked trigger stays."""
+    return ablated(task, Change(without=("patch",)))
+
+
 def no_smooth(task: Task) -> Defended:
     """Without warps and tints."""
-    return ablated(task, Change(families=("additive", "masked", "wave")))
+    return ablated(task, Change(without=("warp", "tint")))
 
 
 def no_wave(task: Task) -> Defended:
     """Without plain waves in the bank; they may still have told the target."""
-    return ablated(task, Change(families=("additive", "masked", "warp", "tint")))
+    return ablated(task, Change(without=("wave",)))
 
 
 def true_trigger(task: Task) -> Defended:

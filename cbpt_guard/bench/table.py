@@ -181,11 +181,11 @@ def _sanity(lines: Sequence[Line]) -> str:
 def _plantings(lines: Sequence[Line]) -> str:
     """How far the undefended shares of one attack lie apart over its lines of `test`, whose images are always the same.
 
-    Seeds draw shots: an attack has one implant, and where the shares differ it was planted again.
+    Seeds draw shots, the implant is the same: where the shares differ it was planted, or counted, on another machine.
     """
     found: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        if line.split == "test":
+        if line.split == "test" and line.attack not in (OFF, CONTROL):
             found.setdefault((line.dataset, line.implant, line.attack), []).append(line)
     several = [group for group in found.values() if any(line.undefended != group[0].undefended for line in group)]
     if not several:
@@ -195,9 +195,9 @@ def _plantings(lines: Sequence[Line]) -> str:
         for name in ("ca", "asr")
     )
     return (
-        f"{len(several)} of {len(found)} suspects and triggers were planted more than once by the same recipe, which "
-        "differs in the last digits from machine to machine: over their lines the undefended CA differs by up to "
-        f"{100 * ca:.{_DIGITS}f} points, the ASR by up to {100 * asr:.{_DIGITS}f}."
+        f"{len(several)} of {len(found)} attacks have lines with differing undefended shares: they were planted again "
+        "by the same recipe, or counted on another machine. The undefended CA differs by up to "
+        f"{100 * ca:.{_DIGITS}f} points there, the ASR by up to {100 * asr:.{_DIGITS}f}."
     )
 
 

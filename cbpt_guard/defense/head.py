@@ -26,7 +26,7 @@ _BY_CLASS = ("original_rows", "guarded_rows", "directions", "thresholds")
 class Head:
     """A linear classifier: rows (C, E), the model's logit scale and bias.
 
-    Rows of texts are unit vectors; anchored ones (`anchored.py`) are longer.
+    Rows of texts are unit vectors; anchored ones (`anchored.py`) are of any length.
     """
 
     rows: Tensor
@@ -143,8 +143,9 @@ class GuardedHead:
     def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
         """How far unit features (N, E) are from the answers `wanted` (N,) by the rule, (N,).
 
-        For an attacker who knows the switch: the zero-shot head must answer the class and its test must not fire,
-        so what lies past the threshold is added to the cross-entropy, in logits.
+        For an attacker who knows the switch and goes straight: the zero-shot head must answer the class and its test
+        must not fire, so what lies past the threshold is added to the cross-entropy, in logits. The detour through
+        another suspect's test, whose images the guarded head might answer with the class, is not followed.
         """
         if self.rule == "prompts":
             return self.guarded.missing(features, wanted)

@@ -39,7 +39,7 @@ class Answering(Protocol):
         """How far features (N, E) are from the answers `wanted` (N,); differentiable, (N,)."""
 
 
-_HOPE = 0.5  # ASR below which a trigger of a narrow family is given up; those that fit had 0.86
+_HOPE = 0.5  # ASR below which a trigger of a narrow family is given up; those that fit had 0.8 or more
 PATIENCE = 20
 """Steps after which a trigger of a narrow family may be given up."""
 
@@ -119,12 +119,11 @@ def invert_toward(
 ) -> FoundTrigger:
     """Stage 1b: a trigger of one family that makes `head` answer `target` for images of other classes.
 
-    As far as `head` says from the target; a mask also pays for its area, with a weight that a controller raises
-    while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step,
-    so that the trigger stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it
-    works best. With a `budget`, a share of the
-    image, the mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does,
-    for a mask that is faint from the start finds no place to concentrate on.
+    What `head` misses of the target is made small; a mask also pays for its area, with a weight that a controller
+    raises while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step, so
+    that the trigger stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it
+    works best. With a `budget`, a share of the image, the mask does not pay: what it may cover closes in on the budget
+    until half of the steps, as paying does, for a mask that is faint from the start finds no place to concentrate on.
     """
     pays = family == "masked"
     steps = settings.masked_steps if pays else settings.additive_steps
@@ -152,7 +151,7 @@ def invert_toward(
         given_up = family in NARROW and step + 1 == min(PATIENCE, steps // 2) and asr < _HOPE
         report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
         if given_up:
-            break
+            return pattern.value(target, budget).detached()
     found = pattern.value(target, budget).detached()
     return found if family != "patch" else settled(clip, clean, head, found, shift, settings, generator)
 
@@ -173,7 +172,7 @@ def settled(
     """
     index = clean.draw(settings.batch, generator, without=patch.target)
     images, goal = clean.images[index], torch.full((len(index),), patch.target)
-    steps = torch.linspace(-shift, shift, settings.patch_places).round().int().tolist()
+    steps = dict.fromkeys(torch.linspace(-shift, shift, settings.patch_places).round().int().tolist())
     places = [patch.rolled(down, right) for down in steps for right in steps]
     return min(places, key=lambda place: float(head.missing(encode(clip, images, place), goal).mean()))
 

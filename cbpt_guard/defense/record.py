@@ -93,7 +93,7 @@ class TriggerMetrics(_Frozen):
     """ASR and PA on held-out images under one trigger; shares in [0, 1].
 
     `origin`: `found` (the bank), `fresh` (made with other draws, and not tuned on) or `observed`, whose
-    images bear no labels: then ASR is the share that answers the target, and PA is unknown. `against`: the head that a
+    images bear no labels: then ASR is the share that answers the target, and PA is unknown. `against`: what a
     fresh trigger was made to mislead.
     """
 

@@ -60,7 +60,8 @@ class Findings:
         masks = [one for one in self.bank if one.family == "masked"]
         found = {item.index: [one.area for one in masks if one.target == item.index] for item in self.candidates}
         striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
-        return {target: min(found[target] + striking.get(target, [])) for target in self.suspects}
+        # the bank of an earlier run, read for other classes, may hold no mask toward a suspect
+        return {target: min([1.0, *found[target], *striking.get(target, [])]) for target in self.suspects}
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,10 @@ class Search:
         return self._all([self._making(f"{family}-{c}", f"{family} trigger", c, family) for c, family in wanted])
 
     def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
-        """Masked triggers with draws of their own, for each (target, the head's name, head, area budget)."""
+        """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget)."""
         return self._all(
             [
-                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} head,", c, "masked", head, budget)
+                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget)
                 for c, name, head, budget in wanted
             ]
         )

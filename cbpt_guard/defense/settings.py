@@ -64,14 +64,15 @@ class SearchSettings(_Frozen):
 class InversionSettings(SearchSettings):
     """Stage 1 with the families that only a bank needs.
 
-    A patch is a square whose side is `patch_side` of the image's, and is tried at `patch_places` places each way.
+    A patch is a square whose side is `patch_side` of the image's, of 2 pixels at least; it is learnt like a mask, in as
+    many steps as an additive pattern, and then tried at `patch_places` places each way.
     A warp has `warp_points` control points a side, and moves them by at most `warp_shift`, a share of the image's
     side. A tint changes each colour's gain by at most `tint_gain` and adds at most `tint_offset` at its control points,
     `tint_points` a side; between them the bicubic field may go further.
     """
 
     patch_side: Annotated[float, Field(gt=0, le=0.5)] = 1 / 8
-    patch_places: Count = 5
+    patch_places: Annotated[int, Field(ge=2)] = 5
     warp_points: Annotated[int, Field(ge=2)] = 4
     warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
     tint_points: Annotated[int, Field(ge=2)] = 3

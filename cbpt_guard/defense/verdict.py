@@ -28,7 +28,8 @@ _SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that th
 class Attacked:
     """Features (N, E) of images under one trigger toward `target`; `labels` is None for observed attack images.
 
-    `against`: the head that a fresh trigger was made to mislead, `guarded` or `original`.
+    `against`: what a fresh trigger was made to mislead: `guarded`, the guard by its rule, or `original`, the zero-shot
+    head.
     """
 
     origin: Origin
