@@ -73,17 +73,17 @@ def test_all_that_failed_is_named() -> None:
     assert sum("was not kept" in reason for reason in verdict.reasons) == 1
 
 
-@pytest.mark.parametrize(("reached", "told"), [(0.49, True), (0.5, False)])
-def test_fresh_triggers_that_hardly_move_the_undefended_model_are_said_to_show_little(
-    reached: float, told: bool
-) -> None:
+@pytest.mark.parametrize(("reached", "name"), [(0.49, "unverified"), (0.5, "guarded")])
+def test_fresh_triggers_that_hardly_move_the_undefended_model_show_no_success(reached: float, name: str) -> None:
     weak = trigger(0.0, "fresh").model_copy(update={"asr_before": 0.007})
     best = weak.model_copy(update={"asr_before": reached})
     verdict = judge(run(trigger(0.0), best, weak), ["b"], BOUNDS, keeps_accuracy=True)
-    assert verdict.name == "guarded"
-    assert ("reached 49.0 % of the images without the guard, so they show little" in verdict.reasons[0]) is told
+    assert verdict.name == name
+    assert ("fresh triggers reach no more than 49.0 % of the images" in verdict.reasons[0]) is (name == "unverified")
     other = trigger(0.0, "fresh").model_copy(update={"target": "c"})
-    assert ("show little" in judge(run(best, other), ["b", "c"], BOUNDS, keeps_accuracy=True).reasons[0]) is told
+    assert judge(run(best, other), ["b", "c"], BOUNDS, keeps_accuracy=True).name == name
+    surviving = trigger(0.9, "fresh").model_copy(update={"asr_before": 0.4})
+    assert judge(run(surviving), ["b"], BOUNDS, keeps_accuracy=True).name == "not guarded"
 
 
 def test_a_guard_that_does_not_keep_the_zero_shot_accuracy_is_not_guarded() -> None:

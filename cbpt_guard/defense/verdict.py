@@ -21,7 +21,7 @@ from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 _CHANCE_ERRORS = 2.0
 _WARN_BELOW = 3.0
 _ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
-_SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds
+_SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; they had 0.93 and more
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
         return Verdict(name="unverified", reasons=(nothing, *lost))
     if failed:
         return Verdict(name="not guarded", reasons=tuple(failed))
-    if not run.held_out:
-        few = "no image was held out (that takes 4 images in each of two classes), so nothing unseen was measured"
-        return Verdict(name="unverified", reasons=(few,))
+    unshown = _unshown(run)
+    if unshown is not None:
+        return Verdict(name="unverified", reasons=(unshown,))
     worst = max((trigger.asr_after for trigger in run.triggers), default=0.0)
     kept = (
         f"on {run.images} held-out images the worst trigger succeeds on {100 * worst:.1f} %, and clean accuracy "
@@ -127,20 +127,21 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
     alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
     if alone > max(worst, settings.found_asr):  # who takes the tuned rows out of heads.safetensors must know
         kept += f"; the tuned prompts without the test for triggered images would let {100 * alone:.1f} % through"
-    weak = _weak(run)
-    if weak is not None:
-        kept += f"; fresh triggers reached {100 * weak:.1f} % of the images without the guard, so they show little"
     return Verdict(name="guarded", reasons=(kept,))
 
 
-def _weak(run: RunMetrics) -> float | None:
-    """The least that any target was reached by its best fresh trigger without the guard, if that is less than half."""
+def _unshown(run: RunMetrics) -> str | None:
+    """Why nothing that failed is no success: nothing unseen was measured, or no trigger that works was fresh."""
+    if not run.held_out:
+        return "no image was held out (that takes 4 images in each of two classes), so nothing unseen was measured"
     best: dict[str, float] = {}
     for one in run.triggers:
         if one.origin == "fresh":
             best[one.target] = max(best.get(one.target, 0.0), one.asr_before)
     least = min(best.values(), default=1.0)
-    return least if least < _SHOWING else None
+    if least >= _SHOWING:
+        return None
+    return f"fresh triggers reach no more than {100 * least:.1f} % of the images without the guard, so they show little"
 
 
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
