@@ -11,7 +11,8 @@ import onnx
 import pytest
 import torch
 from commands import assert_refused, cli
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 from small_runs import CLASSES, TARGET, write_run
 
 from cbpt_guard import GuardedClassifier
@@ -26,9 +27,27 @@ from cbpt_guard.export.precision import PRECISIONS, check_precisions
 from cbpt_guard.session import Session
 
 
+def products_overflow() -> bool:
+    """Whether onnxruntime adds products of 8-bit numbers in 16 bits here: 2 x 255 x 127 is more than they hold."""
+    weights = numpy_helper.from_array(np.full((2, 1), 127, np.int8), "weights")
+    doors = [helper.make_tensor_value_info("x", TensorProto.UINT8, (1, 2))]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.INT32, (1, 1))]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weights"], ["y"])], "g", doors, outputs, [weights]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"x": np.full((1, 2), 255, np.uint8)})
+    return int(sums[0, 0]) != 2 * 255 * 127
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small run in all three precisions."""
+    if products_overflow():
+        pytest.skip(
+            "without VNNI onnxruntime's sums of 8-bit products overflow here, and the gate refuses the int8 graph"
+        )
     return export(tiny_run, tmp_path_factory.mktemp("precisions") / "bundle", precision=PRECISIONS)
 
 
