@@ -104,7 +104,8 @@ def test_one_precision_and_a_known_layout(tiny_run: Path, tmp_path: Path, schema
     with pytest.raises(InputError, match="bundle or triton"):
         export(tiny_run, tmp_path / "models", layout="torchserve")
     assert not (tmp_path / "models").exists()
-    out = export(tiny_run, tmp_path / "models", layout="triton", precision=["int8"])
+    # allowed to fail its gate: that is about the processor's 8-bit products (tests/test_precision.py), not the layout
+    out = export(tiny_run, tmp_path / "models", layout="triton", precision=["int8"], allow_unguarded=True)
     config = text_format.Parse((out / "guarded" / "config.pbtxt").read_text(), schema())
     assert config.default_model_filename == "model.int8.onnx"
     assert (out / "guarded" / "1" / "model.int8.onnx").is_file()
