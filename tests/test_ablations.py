@@ -66,12 +66,22 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
         Change(families=("masked",)),
         Change(true_trigger=True),
         Change(answers="prompts"),
+        Change(label_weight=1.0),
         Change(rule="prompts"),
         Change(kl_weight=0.0, **PAPER),
         Change(prompts=SharedPrompts, **PAPER),
         Change(template="photo of {}.", **PAPER),
     ],
-    ids=["families", "true trigger", "switch with prompts", "anchored alone", "no KL", "shared context", "2 tokens"],
+    ids=[
+        "families",
+        "true trigger",
+        "switch with prompts",
+        "labels alone",
+        "anchored alone",
+        "no KL",
+        "shared context",
+        "2 tokens",
+    ],
 )
 def test_every_other_one_changes_the_answers(
     unchanged: tuple[Defended, Defended], task: Task, features: Tensor, change: Change

@@ -53,6 +53,7 @@ class Change:
         without: families of those that are left out.
         true_trigger: the planted triggers take the place of the found ones.
         kl_weight: of the term that holds the prompts near the zero-shot answers.
+        label_weight: the label's share in what anchored rows are taught.
         prompts: a context for each class, or one for all.
         template: what the prompts start from, None for the task's own.
         rule: which images are answered otherwise than by the zero-shot head.
@@ -63,6 +64,7 @@ class Change:
     without: tuple[Family, ...] = ()
     true_trigger: bool = False
     kl_weight: float = CBPT.tuning.kl_weight
+    label_weight: float = CBPT.anchor.label_weight
     prompts: type[ClassPrompts] = ClassPrompts
     template: str | None = None
     rule: Rule = "switch"
@@ -75,13 +77,17 @@ class Change:
         wanted = families if self.families is None else self.families
         return tuple(family for family in wanted if family not in self.without)
 
+    def applied(self, settings: Settings) -> Settings:
+        """The settings with what this changes of them."""
+        tuning = settings.tuning.model_copy(update={"kl_weight": self.kl_weight})
+        anchor = settings.anchor.model_copy(update={"label_weight": self.label_weight})
+        return settings.model_copy(update={"tuning": tuning, "anchor": anchor})
+
 
 def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     """CBPT's heads from the task's purified run, with one change."""
     bank, triggered, suspects = _triggers(task, change, settings)
-    settings = settings.model_copy(
-        update={"tuning": settings.tuning.model_copy(update={"kl_weight": change.kl_weight})}
-    )
+    settings = change.applied(settings)
     shots = Shots.of(task, settings.tuning.held_out)
     everything = FeatureSet(shot_features(task), triggered, shots.labels)
     data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
@@ -149,6 +155,11 @@ def true_trigger(task: Task) -> Defended:
 def switch_prompts(task: Task) -> Defended:
     """The switch, but triggered images are answered from the tuned prompts instead of anchored rows."""
     return ablated(task, Change(answers="prompts"))
+
+
+def labels_alone(task: Task) -> Defended:
+    """Anchored rows taught by the labels alone, without what the zero-shot head makes of the clean images."""
+    return ablated(task, Change(label_weight=1.0))
 
 
 def anchored_alone(task: Task) -> Defended:

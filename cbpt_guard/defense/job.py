@@ -19,7 +19,7 @@ from cbpt_guard.errors import InputError
 from cbpt_guard.files import check_output, holds
 
 TEMPLATE = "a photo of a {}."
-_RECIPE = 4  # raised whenever a part of an interrupted run would come out otherwise under the same settings
+_RECIPE = 5  # raised whenever a part of an interrupted run would come out otherwise under the same settings
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
 
 

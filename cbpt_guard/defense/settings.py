@@ -99,10 +99,16 @@ class TuningSettings(_Frozen):
 
 
 class AnchorSettings(_Frozen):
-    """Stage 2: how far anchored rows may go from the zero-shot ones (scikit-learn's C), in how many iterations."""
+    """Stage 2: how far anchored rows may go from the zero-shot ones (scikit-learn's C), in how many iterations.
 
-    strength: Positive = 10.0
+    `label_weight` is the label's share in what they are taught; the rest is what the zero-shot head makes of the clean
+    image at `temperature`.
+    """
+
+    strength: Positive = 100.0
     iterations: Count = 100
+    label_weight: Share = 0.15
+    temperature: Positive = 3.0
 
 
 class RuleSettings(_Frozen):
