@@ -1,0 +1,133 @@
+"""Wall time of `purify` against fine-tuning the whole CLIP for ten epochs on the same shots, in one run.
+
+    python benchmarks/ft_time.py measure --shared ../shared --work WORK   appends a line to ft_time.jsonl
+    python benchmarks/ft_time.py table        rewrites the line of it in docs/method.md
+
+`purify` is the command from its start to its end; of fine-tuning the training alone counts, with one learning rate,
+although a rival would also have to choose it. Half of the epochs run before `purify` and half after it, so that a
+machine that slows down slows both; each in a process of its own, with the threads that each takes by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pages import rewrite
+from road import MODELS, SEED, SHOTS, unpacked
+from timing import Watch
+
+from cbpt_guard import __version__
+
+HERE = Path(__file__).parent
+LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
+TEMPLATE = "a photo of a {}."
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--shared", type=Path, required=True)
+    measuring.add_argument("--work", type=Path, required=True)
+    measuring.add_argument("--model", choices=tuple(MODELS), default="suspect-badnet")
+    training = commands.add_parser("train", help="what `measure` runs beside purify: prints seconds")
+    training.add_argument("--model", type=Path, required=True)
+    training.add_argument("--data", type=Path, required=True)
+    training.add_argument("--work", type=Path, required=True)
+    training.add_argument("--epochs", type=int, required=True)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "train":
+        print(trained_seconds(args.model, args.data, args.work, args.epochs))
+    elif args.command == "measure":
+        line = measure(args.model, args.shared, args.work)
+        with LINES.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line))
+    else:
+        lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+        rewrite(METHOD, {"ft": sentence(lines)})
+
+
+def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
+    """Train, purify, train; all on the same shots of one model."""
+    from cbpt_guard.bench.settings import FT
+
+    work.mkdir(parents=True, exist_ok=True)
+    data, suspect, watch = unpacked(shared, "clean", work), shared / "models" / model / MODELS[model], Watch()
+    epochs = (FT.epochs // 2, FT.epochs - FT.epochs // 2)
+    first = _train(suspect, data, work, epochs[0])
+    started = time.monotonic()
+    out = ["--out", str(work / "purified"), "--shots", str(SHOTS), "--seed", str(SEED), "--force"]
+    command = [Path(sys.executable).parent / "cbpt-guard", "purify", "--model", suspect, "--data", data, *out]
+    code = subprocess.run(command, check=False).returncode
+    seconds = time.monotonic() - started
+    if code not in (0, 1):
+        raise SystemExit(f"purify ended with {code}")
+    trained = first + _train(suspect, data, work, epochs[1])
+    return {
+        "model": model,
+        "ratio": round(seconds / trained, 3),
+        "purify_seconds": round(seconds, 1),
+        "ft_seconds": round(trained, 1),
+        "epochs": FT.epochs,
+        "others_cores": round(watch.others(), 2),
+        "cbpt_guard": __version__,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _train(suspect: Path, data: Path, work: Path, epochs: int) -> float:
+    command = [sys.executable, __file__, "train", "--model", suspect, "--data", data, "--work", work]
+    done = subprocess.run([*command, "--epochs", str(epochs)], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
+    """Seconds that `epochs` of fine-tuning on all shots take, reading model and images apart."""
+    from cbpt_guard.bench.finetune import FineTuning, clip_loss
+    from cbpt_guard.bench.settings import FT
+    from cbpt_guard.bench.task import Task
+    from cbpt_guard.bench.trainable import TrainableClip
+    from cbpt_guard.cli.machine import prepare_torch
+    from cbpt_guard.defense.data import list_images, load_images
+    from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
+
+    prepare_torch(None)
+    listing = list_images(data).drawn(SHOTS, SEED)
+    clip = open_suspect(model, ModelFlags(), listing, TEMPLATE, "cpu").clip
+    original = zero_shot_head(clip, listing.classes, TEMPLATE)
+    shots = load_images(listing, clip.preprocess)
+    task = Task(clip, original, shots, model, data, TEMPLATE, SEED, work, ())
+    training = FineTuning(task, FT.model_copy(update={"held_out": 0.0}))  # on all shots, as purify sees all
+    student = TrainableClip.copy_of(clip)
+    started = time.monotonic()
+    for _ in training.train(student, lambda _, batch, draws: clip_loss(batch), FT.learning_rates[0], epochs):
+        pass
+    return time.monotonic() - started
+
+
+def sentence(lines: list[dict[str, Any]]) -> str:
+    """Markdown: what the last line of each model says."""
+    last = {line["model"]: line for line in lines}
+    told = [
+        f"{name}: {line['purify_seconds']:.0f} s of purify, {line['ft_seconds']:.0f} s for {line['epochs']} epochs of "
+        f"FT, {line['ratio']:.2f} times ({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
+        for name, line in last.items()
+    ]
+    return "\n".join(f"- {one}" for one in told)
+
+
+if __name__ == "__main__":
+    main()
