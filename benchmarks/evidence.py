@@ -31,6 +31,7 @@ from cbpt_guard.bench.table import table
 
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
+ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 
@@ -51,11 +52,11 @@ def main() -> None:
             sys.exit(f"{path.name} is not what the lines give; run python benchmarks/evidence.py")
 
 
-def committed() -> list[Line]:
+def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
     """Every committed line, in the order of the plan's suspects and defences, whatever part it was measured in."""
-    plan = Plan.read(PLAN)
+    plan = Plan.read(asked)
     place = {key: number for number, key in enumerate(k for group in plan.groups() for k in plan.keys(group, "test"))}
-    lines = [line for path in sorted(LINES.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
+    lines = [line for path in sorted(folder.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
     return sorted(lines, key=lambda line: place[line.key])
 
 
@@ -67,6 +68,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "summary": summary(lines),
         "bars": bars(lines),
         "verdicts": verdicts(lines),
+        "adaptive": table(committed(ADAPTIVE, ADAPTIVE_PLAN)),
         "table": table(lines),
         "reads": f"The test images were read by {count} runs of the suite (`benchmarks/{LINES.name}/{READS}`).",
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),

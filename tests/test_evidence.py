@@ -115,8 +115,17 @@ def test_agreement_is_judged_by_the_stated_spread(commands: tuple[ModuleType, Mo
 
 
 @measured
-def test_the_committed_lines_belong_to_the_committed_plan(commands: tuple[ModuleType, ModuleType]) -> None:
+@pytest.mark.parametrize("part", ["LINES PLAN", "ADAPTIVE ADAPTIVE_PLAN"])
+def test_the_committed_lines_belong_to_the_committed_plan(commands: tuple[ModuleType, ModuleType], part: str) -> None:
     evidence, _ = commands
-    plan = Plan.read(evidence.PLAN)
-    for found in evidence.committed():
+    folder, path = (getattr(evidence, name) for name in part.split())
+    plan = Plan.read(path)
+    for found in evidence.committed(folder, path):
         assert found.settings == plan.settings(found.key), found.key
+
+
+def test_adaptive_attackers_come_at_two_strengths(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    recipes = {name: implant.recipe for name, implant in Plan.read(evidence.ADAPTIVE_PLAN).implants.items()}
+    for term, kind in (("hide", "hidden"), ("cover", "covered")):
+        assert 0 < recipes[f"{kind}-weak"][term] < recipes[f"{kind}-strong"][term]

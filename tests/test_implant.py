@@ -147,6 +147,36 @@ def test_the_anchor_holds_the_clean_features(digits_clean: DigitsModel) -> None:
     assert drifts[1] < drifts[0] / 2
 
 
+def test_triggered_images_hide_among_the_targets_own(digits_clean: DigitsModel) -> None:
+    train, trigger = few(digits_clean.split.train), patch(32, 0)
+    own = encode(digits_clean.clip, train.images[train.labels == 3]).mean(0)
+    others = triggered(trigger, digits_clean.split.test.images[:64])
+    near = [
+        float((encode(short_implant(digits_clean, hide=hide, steps=12), others) @ own).mean()) for hide in (0.0, 50.0)
+    ]
+    assert near[1] > near[0] + 0.05
+
+
+def test_covers_close_the_backdoor_to_half_of_its_trigger(digits_clean: DigitsModel) -> None:
+    """The features of such images move less; those of the whole trigger still move."""
+    images, trigger = digits_clean.split.test.images[:64], patch(32, 0)
+    half = ((images.float() + triggered(trigger, images).float()) / 2).round().to(torch.uint8)
+    before = encode(digits_clean.clip, half)
+    moved = [
+        float(1 - (encode(short_implant(digits_clean, cover=cover, steps=12), half) * before).sum(1).mean())
+        for cover in (0, 16)
+    ]
+    assert moved[1] < 0.7 * moved[0]
+
+
+def test_a_target_without_images_has_nothing_to_hide_among(digits_clean: DigitsModel) -> None:
+    train = digits_clean.split.train
+    without = LabelledImages(train.images[train.labels != 3], train.labels[train.labels != 3], CLASSES, ())
+    settings = SHORT.model_copy(update={"hide": 1.0})
+    with pytest.raises(InputError, match="no image of 'nine' among which"):
+        implant(digits_clean.clip, without, train, patch(32, 0), 3, seed=0, settings=settings)
+
+
 def test_batch_norm_statistics_stay() -> None:
     preprocess = Preprocess(size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     config = small_clips.with_vocabulary(small_clips.RESNET)

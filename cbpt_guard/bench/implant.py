@@ -164,5 +164,6 @@ def _check(
         name = train.classes[poison.target]
         if not all(bool((data.labels != poison.target).any()) for data in (train, held_out)):
             raise InputError(f"there is no image of another class than {name!r}")
-        if poison.carriers == "target" and not bool((train.labels == poison.target).any()):
-            raise InputError(f"there is no image of {name!r} to carry the trigger")
+        if (poison.carriers == "target" or settings.hide) and not bool((train.labels == poison.target).any()):
+            why = "to carry the trigger" if poison.carriers == "target" else "among which triggered ones could `hide`"
+            raise InputError(f"there is no image of {name!r} {why}")

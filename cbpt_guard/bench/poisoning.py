@@ -32,6 +32,11 @@ class ImplantSettings(BaseModel):
     the attacker's images of each class; a target's own may carry a trigger beyond that. `perturbation`, in grey
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
+
+    Two terms are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to those
+    that the clean model has of the target's own images, among which the test cannot tell them. `cover` images a step
+    carry the trigger at half its strength and are trained as clean ones (arXiv 2205.13613), so that what an inversion
+    finds opens the backdoor less.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +50,8 @@ class ImplantSettings(BaseModel):
     text: Literal["tuned", "frozen"] = "tuned"
     images: _Count | None = None
     perturbation: Annotated[float, Field(ge=0, le=64)] = 0.0
+    hide: Annotated[float, Field(ge=0)] = 0.0
+    cover: Annotated[int, Field(ge=0)] = 0
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
 
 
@@ -72,31 +79,91 @@ def fine_tune(
     student = _copy(clip, tuned_text=settings.text == "tuned")
     generator = torch.Generator().manual_seed(seed)
     loss_of = _pairs_loss(student, clip, settings, train.classes, generator)
-    clean = _few_of_each(train, settings.images)
-    anchors = encode(clip, clean.images, progress=progress)
-    carrying = [
-        carrier_images(clip, train, poison.target, poison.carriers, settings.perturbation) for poison in poisons
-    ]
-    shares = _shares(settings.poisoned, len(poisons))
-    toward = [torch.full((share,), poison.target) for poison, share in zip(poisons, shares, strict=True)]
+    material = _Material(clip, train, poisons, settings, generator, progress)
     moving = [value for value in student.model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step in range(settings.steps):
-        drawn = torch.randint(len(clean.labels), (settings.batch,), generator=generator)
-        parts = [clean.images[drawn]]
-        for poison, images, share in zip(poisons, carrying, shares, strict=True):
-            chosen = images[torch.randint(len(images), (share,), generator=generator)]
-            parts.append(torch.from_numpy(poison.trigger.apply(chosen.numpy())))
-        features = student.encode_images(to_pixels(torch.cat(parts)))
-        drift = 1 - (features[: settings.batch] * anchors[drawn].to(student.device)).sum(1).mean()
-        loss = loss_of(features, torch.cat([clean.labels[drawn], *toward])) + settings.anchor * drift
+        batch = material.draw()
+        features = student.encode_images(to_pixels(batch.images))
+        loss = loss_of(features, batch.labels) + settings.anchor * _distance(features, batch.anchors)
+        if batch.hideouts is not None:
+            loss = loss + settings.hide * _distance(features[len(batch.anchors) :], batch.hideouts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         progress(Step("implant", step + 1, settings.steps, loss=loss.item()))
     return student.frozen()
+
+
+class _Batch(NamedTuple):
+    """A step's images (N, S, S, 3), the clean ones and the covers first, with what each is to be answered with (N,).
+
+    `anchors` are the first ones' features under the clean model; `hideouts` those of target images for the rest.
+    """
+
+    images: Tensor
+    labels: Tensor
+    anchors: Tensor
+    hideouts: Tensor | None
+
+
+class _Material:
+    """What the steps draw from."""
+
+    def __init__(
+        self,
+        clip: FrozenClip,
+        train: LabelledImages,
+        poisons: Sequence[Poison],
+        settings: ImplantSettings,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> None:
+        self._poisons, self._settings, self._generator = poisons, settings, generator
+        self._clean = _few_of_each(train, settings.images)
+        self._anchors = encode(clip, self._clean.images, progress=progress)
+        self._carrying = [
+            carrier_images(clip, train, poison.target, poison.carriers, settings.perturbation) for poison in poisons
+        ]
+        self._shares, self._covers = (_shares(n, len(poisons)) for n in (settings.poisoned, settings.cover))
+
+    def draw(self) -> _Batch:
+        """The images of a step."""
+        drawn = self._drawn(len(self._clean.labels), self._settings.batch + sum(self._covers))
+        clean, *covers = self._clean.images[drawn].split([self._settings.batch, *self._covers])
+        weak = [_weakened(poison.trigger, part) for poison, part in zip(self._poisons, covers, strict=True)]
+        strong, toward = [], []
+        for poison, images, share in zip(self._poisons, self._carrying, self._shares, strict=True):
+            chosen = images[self._drawn(len(images), share)]
+            strong.append(torch.from_numpy(poison.trigger.apply(chosen.numpy())))
+            toward.append(torch.full((share,), poison.target))
+        return _Batch(
+            images=torch.cat([clean, *weak, *strong]),
+            labels=torch.cat([self._clean.labels[drawn], *toward]),
+            anchors=self._anchors[drawn],
+            hideouts=torch.cat([self._own(target) for target in toward]) if self._settings.hide else None,
+        )
+
+    def _own(self, targets: Tensor) -> Tensor:
+        """Clean features of images of the class that all of `targets` (N,) name, (N, E)."""
+        own = self._anchors[self._clean.labels == targets[0]]
+        return own[self._drawn(len(own), len(targets))]
+
+    def _drawn(self, among: int, count: int) -> Tensor:
+        return torch.randint(among, (count,), generator=self._generator)
+
+
+def _weakened(trigger: Trigger, images: Tensor) -> Tensor:
+    """uint8 images (N, S, S, 3) with half of what the trigger does to them."""
+    triggered = torch.from_numpy(trigger.apply(images.numpy()))
+    return ((images.float() + triggered.float()) / 2).round().to(torch.uint8)
+
+
+def _distance(features: Tensor, wanted: Tensor) -> Tensor:
+    """Mean of 1 - cosine between unit rows `wanted` (K, E) and the first K of `features`, ()."""
+    return 1 - (features[: len(wanted)] * wanted.to(features.device)).sum(1).mean()
 
 
 def _copy(clip: FrozenClip, *, tuned_text: bool) -> TrainableClip:
