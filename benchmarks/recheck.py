@@ -23,7 +23,7 @@ from evidence import LINES, PLAN, committed
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
 from cbpt_guard.bench.plan import Cells, Places, Plan
 from cbpt_guard.bench.suite import run_suite
-from cbpt_guard.bench.table import CEILING, OURS, PAPER, UNTOUCHED
+from cbpt_guard.bench.table import NO_RIVALS, OURS
 from cbpt_guard.cli.machine import prepare_torch
 from cbpt_guard.metrics import standard_error
 
@@ -57,9 +57,7 @@ def main() -> None:
 def drawn(lines: Sequence[Line], seed: int) -> tuple[str, str]:
     """An implant that took, and a rival that met it."""
     counted = [line for line in lines if line.took and line.shots == SHOTS and line.attack not in (CONTROL, OFF)]
-    rivals = sorted(
-        {(line.implant, line.defense) for line in counted if line.defense not in (OURS, PAPER, CEILING, UNTOUCHED)}
-    )
+    rivals = sorted({(line.implant, line.defense) for line in counted if line.defense not in NO_RIVALS})
     if not rivals:
         sys.exit(f"{LINES.name} holds no rival's line of an attack that took")
     return random.Random(seed).choice(rivals)

@@ -27,7 +27,7 @@ def row(text: str, what: str) -> tuple[str, str]:
 
 
 ASR = "ASR, mean and worst"
-CA = "CA less the undefended one, mean and worst"
+CA = "CA less the undefended one (the better of two for 0), mean and worst"
 PA = "PA, mean; the oracle's; the share of it"
 
 
@@ -57,6 +57,14 @@ def test_accuracy_is_held_against_the_undefended_one(cas: tuple[float, ...], kep
     lines = [cbpt(f"attack {number}", ca=ca) for number, ca in enumerate(cas)]
     assert SHARES["ca"] == 0.5
     assert row(bars(lines), CA)[1] == kept
+
+
+@pytest.mark.parametrize(("better", "measured", "kept"), [(0.52, "-2.0, -2.0", "**no**"), (0.48, "0.0, 0.0", "yes")])
+def test_accuracy_is_held_against_the_template_ensembles_where_that_is_better(
+    better: float, measured: str, kept: str
+) -> None:
+    lines = [cbpt(ca=0.5), line(defense="ensemble", ca=better)]
+    assert row(bars(lines), CA.replace("two for 0", "two for 1")) == (measured, kept)
 
 
 @pytest.mark.parametrize(("recall", "kept"), [(0.35, "yes"), (0.34, "**no**")])

@@ -20,7 +20,7 @@ from cbpt_guard.bench import oracle as oracle_module
 from cbpt_guard.bench import purified
 from cbpt_guard.bench.cleanclip import augmented_text, auto_augment, cleanclip, cleanclip_loss, in_modal
 from cbpt_guard.bench.coop import SharedContext, coop
-from cbpt_guard.bench.defenses import DEFENSES, SETTINGS, none, settings_of
+from cbpt_guard.bench.defenses import DEFENSES, SETTINGS, ensemble, none, settings_of
 from cbpt_guard.bench.finetune import Batch, FineTuning, Loss, clip_loss, first_keeping, ft, last_keeping
 from cbpt_guard.bench.oracle import mean_pa, oracle
 from cbpt_guard.bench.par import distance, par, par_losses
@@ -43,6 +43,7 @@ from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.data import LabelledImages, Listing, list_images
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import LEFT_OUT
+from cbpt_guard.defense.openclip import imagenet_prompts
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings, TuningSettings
@@ -58,6 +59,7 @@ TUNING = TuningSettings(epochs=3, batch=64)
 FEW: dict[str, Any] = {"epochs": 1, "trial_epochs": 1, "learning_rates": (1e-4,), "batch": 16}
 QUICKLY: dict[str, Defense] = {
     "none": none,
+    "ensemble": ensemble,
     "coop": lambda task: coop(task, CoopSettings(epochs=2, batch=32, learning_rates=(0.01,))),
     "clean-prompts": lambda task: clean_prompts(task, CleanPromptsSettings(tuning=TUNING, learning_rates=(0.01,))),
     "probe": lambda task: probe(task, ProbeSettings(strengths=(1, 100))),
@@ -103,9 +105,21 @@ def test_every_defence_states_its_settings_without_torch(tmp_path: Path) -> None
     assert list(SETTINGS) == list(DEFENSES)
     assert settings_of("none") == settings_of("own:defence") == {}
     assert settings_of("cbpt") == Settings().model_dump(mode="json")
-    assert {name for name in DEFENSES if not settings_of(name)} == {"none"}
+    assert {name for name in DEFENSES if not settings_of(name)} == {"none", "ensemble"}
     code = "import sys; import cbpt_guard.bench.settings as s; print(len(s.SETTINGS), 'torch' in sys.modules)"
     assert python(code, cwd=tmp_path).stdout.split() == [str(len(DEFENSES)), "False"]
+
+
+def test_the_ensemble_is_the_mean_over_clips_own_templates(task: Task, digits_suspect: DigitsSuspect) -> None:
+    """A class's row points where its 80 texts do together."""
+    prompts = imagenet_prompts("three")
+    assert len(set(prompts)) == 80
+    assert "a bad photo of a three." in prompts
+    rows = task.clip.encode_texts(prompts)
+    features = encode(task.clip, digits_suspect.split.test.images[:8])
+    expected = task.original.scale * features @ torch.nn.functional.normalize(rows.mean(0), dim=0)
+    found = ensemble(task).answer(features).logits[:, task.shots.classes.index("three")]
+    assert found.allclose(expected + task.original.bias, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", QUICKLY)

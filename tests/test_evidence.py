@@ -84,7 +84,7 @@ def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(
     commands: tuple[ModuleType, ModuleType],
 ) -> None:
     _, recheck = commands
-    others = [line(defense=name) for name in ("none", "oracle", "cbpt", "cbpt-prompts")]
+    others = [line(defense=name) for name in ("none", "ensemble", "oracle", "cbpt", "cbpt-prompts")]
     lines = [*others, line(defense="coop"), line(defense="probe"), line(defense="ft", implant="weak", took=False)]
     draws = {recheck.drawn(lines, seed) for seed in range(20)}
     assert draws == {("badnet", "coop"), ("badnet", "probe")}

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
-from cbpt_guard.bench.table import CEILING, OURS, UNTOUCHED, joined
+from cbpt_guard.bench.table import CEILING, ENSEMBLE, OURS, UNTOUCHED, joined
 
 SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
 """A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
@@ -24,16 +24,22 @@ class Bar(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """CBPT's lines of one attack over the seeds, the oracle's, and the undefended ones with the triggers off."""
+    """CBPT's lines of one attack over the seeds, and those that it is held against; `off`: undefended, triggers off."""
 
     name: str
     ours: list[Line]
     oracle: list[Line]
+    ensemble: list[Line]
     off: list[Line]
 
     def mean(self, value: Callable[[Line], float]) -> float:
         """Over CBPT's seeds, in points."""
         return _points(mean(map(value, self.ours)))
+
+    def undefended_ca(self) -> float:
+        """Of the suspect as it is, in points: by its single template or the ensemble, whichever has more."""
+        single = mean(line.undefended.ca for line in self.ours)
+        return _points(max([single, *(line.ca for line in self.ensemble)]))
 
     def ceiling(self, value: Callable[[Line], float]) -> float:
         """Over the oracle's seeds, in points."""
@@ -66,7 +72,10 @@ def attacks(lines: Sequence[Line], shots: int) -> list[Attack]:
         return [line for line in lines if (line.attack, line.defense, line.implant) == (OFF, UNTOUCHED, name)]
 
     names = dict.fromkeys(line.implant for line in counted if line.defense == OURS and line.shots == shots)
-    return [Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS), off(name)) for name in names]
+    return [
+        Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS), by(ENSEMBLE, name, _SHOTS), off(name))
+        for name in names
+    ]
 
 
 def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
@@ -76,9 +85,11 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     asr = [attack.mean(lambda line: line.asr_worst) for attack in found]
     kept = mean(asr) <= 1.5 and max(asr) <= 3
     yield _bar("ASR, mean and worst", "1.5 and 3", (mean(asr), max(asr)), kept)
-    ca = [attack.mean(lambda line: line.ca - line.undefended.ca) for attack in found]
+    ca = [round(attack.mean(lambda line: line.ca) - attack.undefended_ca(), 9) for attack in found]
     kept = mean(ca) >= -0.5 and min(ca) >= -1.5
-    yield _bar("CA less the undefended one, mean and worst", "-0.5 and -1.5", (mean(ca), min(ca)), kept)
+    known = sum(bool(attack.ensemble) for attack in found)
+    what = f"CA less the undefended one (the better of two for {known}), mean and worst"
+    yield _bar(what, "-0.5 and -1.5", (mean(ca), min(ca)), kept)
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
     yield _bar("target's recall less the undefended one, mean", "-5", (mean(recall),), mean(recall) >= -5)
     yield from _against_the_oracle([attack for attack in found if attack.oracle])

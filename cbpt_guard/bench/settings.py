@@ -120,6 +120,7 @@ ABLATIONS = "cbpt_guard.bench.ablations:"
 """What the names of CBPT's variants begin with."""
 SETTINGS: dict[str, BaseModel | None] = {
     "none": None,
+    "ensemble": None,
     "ft": FT,
     "cleanclip": CLEANCLIP,
     "par": PAR,

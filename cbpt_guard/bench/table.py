@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
 
-OURS, PAPER, CEILING, UNTOUCHED = "cbpt", "cbpt-prompts", "oracle", "none"
+OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE = "cbpt", "cbpt-prompts", "oracle", "none", "ensemble"
+NO_RIVALS = (OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE)
 COLUMNS = {
     "CA": "ca",
     "ASR": "asr",
@@ -76,7 +77,7 @@ def percents(lines: Sequence[Line], column: str) -> float:
 def wins(found: Rows, row: Row) -> list[str]:
     """Columns in which a rival's row is better than CBPT's under the same attack."""
     ours = found.get(row._replace(defense=OURS))
-    if ours is None or row.defense in (OURS, PAPER, CEILING, UNTOUCHED) or row.attack == CONTROL:
+    if ours is None or row.defense in NO_RIVALS or row.attack == CONTROL:
         return []
     theirs = found[row]
     return [name for name, sign in BETTER.items() if sign * (percents(theirs, name) - percents(ours, name)) > 0]

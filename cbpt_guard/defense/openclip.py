@@ -66,6 +66,11 @@ def architecture_names() -> list[str]:
     return list(_config_files())
 
 
+def imagenet_prompts(name: str) -> list[str]:
+    """A class name in each of CLIP's 80 templates for ImageNet, as open_clip has them."""
+    return [template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
 def named_config(name: str) -> ModelConfig:
     """open_clip's own config of that name; `InputError` when there is none."""
     path = _config_files().get(name)
