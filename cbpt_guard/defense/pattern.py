@@ -13,10 +13,11 @@ from cbpt_guard.defense.smooth import smooth
 class Pattern:
     """Unbounded tensors that their family maps into a trigger for images of S x S pixels.
 
-    additive: pattern = eps tanh(P);  masked: pattern = sigmoid(P), mask = sigmoid(M).  patch: the same
-    with the mask 1 on a square in the middle, 0 elsewhere.  warp: displacements a tanh(P) at
-    few control points, which keeps them as smooth as WaNet's.  tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few
-    control points.
+    - additive: pattern = eps tanh(P)
+    - masked: pattern = sigmoid(P), mask = sigmoid(M)
+    - patch: the same, with the mask 1 on a square in the middle and 0 elsewhere
+    - warp: displacements a tanh(P) at few control points, which keeps them as smooth as WaNet's
+    - tint: gains 1 + g tanh(P) and offsets o tanh(Q) at few control points
     """
 
     def __init__(
