@@ -62,15 +62,15 @@ def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
 
 def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
-    reads = LINES / READS
-    count = len(reads.read_text(encoding="utf-8").splitlines()) if reads.exists() else 0
+    logs = [folder / READS for folder in (LINES, ADAPTIVE) if (folder / READS).exists()]
+    count = sum(len(log.read_text(encoding="utf-8").splitlines()) for log in logs)
     return {
         "summary": summary(lines),
         "bars": bars(lines),
         "verdicts": verdicts(lines),
         "adaptive": table(committed(ADAPTIVE, ADAPTIVE_PLAN)),
         "table": table(lines),
-        "reads": f"The test images were read by {count} runs of the suite (`benchmarks/{LINES.name}/{READS}`).",
+        "reads": f"The test images were read by {count} runs of the suite (`{READS}` beside the lines).",
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }

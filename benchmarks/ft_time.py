@@ -1,7 +1,7 @@
 """Wall time of `purify` against fine-tuning the whole CLIP for ten epochs on the same shots, in one run.
 
     python benchmarks/ft_time.py measure --shared ../shared --work WORK   appends a line to ft_time.jsonl
-    python benchmarks/ft_time.py table        rewrites the line of it in docs/method.md
+    python benchmarks/ft_time.py table        rewrites what docs/method.md says of it
 
 `purify` is the command from its start to its end; of fine-tuning the training alone counts, with one learning rate,
 although a rival would also have to choose it. Half of the epochs run before `purify` and half after it, so that a
@@ -29,7 +29,6 @@ from cbpt_guard import __version__
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
-TEMPLATE = "a photo of a {}."
 
 
 def main() -> None:
@@ -55,8 +54,7 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line))
     else:
-        lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
-        rewrite(METHOD, {"ft": sentence(lines)})
+        rewrite(METHOD, {"ft": told(lines())})
 
 
 def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
 def _train(suspect: Path, data: Path, work: Path, epochs: int) -> float:
     command = [sys.executable, __file__, "train", "--model", suspect, "--data", data, "--work", work]
     done = subprocess.run([*command, "--epochs", str(epochs)], stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])
 
 
 def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
@@ -102,6 +100,7 @@ def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
     from cbpt_guard.bench.trainable import TrainableClip
     from cbpt_guard.cli.machine import prepare_torch
     from cbpt_guard.defense.data import list_images, load_images
+    from cbpt_guard.defense.job import TEMPLATE
     from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
 
     prepare_torch(None)
@@ -118,15 +117,20 @@ def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
     return time.monotonic() - started
 
 
-def sentence(lines: list[dict[str, Any]]) -> str:
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+
+
+def told(measured: list[dict[str, Any]]) -> str:
     """Markdown: what the last line of each model says."""
-    last = {line["model"]: line for line in lines}
-    told = [
+    last = {line["model"]: line for line in measured}
+    rows = [
         f"{name}: {line['purify_seconds']:.0f} s of purify, {line['ft_seconds']:.0f} s for {line['epochs']} epochs of "
         f"FT, {line['ratio']:.2f} times ({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
         for name, line in last.items()
     ]
-    return "\n".join(f"- {one}" for one in told)
+    return "\n".join(f"- {row}" for row in rows) or "Not measured yet."
 
 
 if __name__ == "__main__":

@@ -60,6 +60,13 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
     assert found.logits.allclose(wanted.logits, atol=1e-2)
 
 
+def test_what_is_not_named_stays_as_the_caller_has_it() -> None:
+    own = SETTINGS.model_copy(update={"anchor": SETTINGS.anchor.model_copy(update={"label_weight": 0.7})})
+    assert Change().applied(own) == own
+    changed = Change(kl_weight=0.0, label_weight=1.0, strength=10.0).applied(own)
+    assert (changed.tuning.kl_weight, changed.anchor.label_weight, changed.anchor.strength) == (0.0, 1.0, 10.0)
+
+
 @pytest.mark.parametrize(
     "change",
     [

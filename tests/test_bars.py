@@ -59,12 +59,18 @@ def test_accuracy_is_held_against_the_undefended_one(cas: tuple[float, ...], kep
     assert row(bars(lines), CA)[1] == kept
 
 
-@pytest.mark.parametrize(("better", "measured", "kept"), [(0.52, "-2.0, -2.0", "**no**"), (0.48, "0.0, 0.0", "yes")])
+@pytest.mark.parametrize(
+    ("ensemble", "own", "measured", "kept"),
+    [(0.52, 0.50, "-2.0, -2.0", "**no**"), (0.48, 0.50, "0.0, 0.0", "yes"), (0.52, 0.517, "-0.3, -0.3", "yes")],
+    ids=["better", "worse", "of another planting"],
+)
 def test_accuracy_is_held_against_the_template_ensembles_where_that_is_better(
-    better: float, measured: str, kept: str
+    ensemble: float, own: float, measured: str, kept: str
 ) -> None:
-    lines = [cbpt(ca=0.5), line(defense="ensemble", ca=better)]
-    assert row(bars(lines), CA.replace("two for 0", "two for 1")) == (measured, kept)
+    """By what the ensemble gains over the single template on its own planting, the mean over its lines."""
+    undefended = Shares(**(SHARES | {"ca": own}))
+    lines = [line(defense="ensemble", ca=ensemble + off, undefended=undefended) for off in (-0.01, 0.01)]
+    assert row(bars([cbpt(ca=0.5), *lines]), CA.replace("two for 0", "two for 1")) == (measured, kept)
 
 
 @pytest.mark.parametrize(("recall", "kept"), [(0.35, "yes"), (0.34, "**no**")])

@@ -59,3 +59,15 @@ def test_every_name_that_purify_refuses_stands_on_the_page(commands: tuple[Modul
     for name in openclip.architecture_names():
         if openclip.refusal(openclip.named_config(name)) is not None:
             assert name in page
+
+
+def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -> None:
+    import ft_time  # beside `commands`
+
+    assert between(ft_time.METHOD, "ft") == ft_time.told(ft_time.lines())
+    line: dict[str, Any] = {"model": "a", "purify_seconds": 60.4, "ft_seconds": 100.0, "ratio": 0.604, "epochs": 10}
+    line |= {"machine": "2 cores", "others_cores": 0.04}
+    text = ft_time.told([line | {"ratio": 0.9}, line])
+    assert (
+        text == "- a: 60 s of purify, 100 s for 10 epochs of FT, 0.60 times (2 cores; other processes took 0.0 cores)"
+    )

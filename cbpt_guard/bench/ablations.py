@@ -54,6 +54,7 @@ class Change:
         true_trigger: the planted triggers take the place of the found ones.
         kl_weight: of the term that holds the prompts near the zero-shot answers.
         label_weight: the label's share in what anchored rows are taught.
+        strength: how far these may go.
         prompts: a context for each class, or one for all.
         template: what the prompts start from, None for the task's own.
         rule: which images are answered otherwise than by the zero-shot head.
@@ -63,8 +64,9 @@ class Change:
     families: tuple[Family, ...] | None = None
     without: tuple[Family, ...] = ()
     true_trigger: bool = False
-    kl_weight: float = CBPT.tuning.kl_weight
-    label_weight: float = CBPT.anchor.label_weight
+    kl_weight: float | None = None
+    label_weight: float | None = None
+    strength: float | None = None
     prompts: type[ClassPrompts] = ClassPrompts
     template: str | None = None
     rule: Rule = "switch"
@@ -79,9 +81,18 @@ class Change:
 
     def applied(self, settings: Settings) -> Settings:
         """The settings with what this changes of them."""
-        tuning = settings.tuning.model_copy(update={"kl_weight": self.kl_weight})
-        anchor = settings.anchor.model_copy(update={"label_weight": self.label_weight})
-        return settings.model_copy(update={"tuning": tuning, "anchor": anchor})
+        tuning = _given(kl_weight=self.kl_weight)
+        anchor = _given(label_weight=self.label_weight, strength=self.strength)
+        return settings.model_copy(
+            update={
+                "tuning": settings.tuning.model_copy(update=tuning),
+                "anchor": settings.anchor.model_copy(update=anchor),
+            }
+        )
+
+
+def _given(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
@@ -158,12 +169,12 @@ def switch_prompts(task: Task) -> Defended:
 
 
 def labels_alone(task: Task) -> Defended:
-    """Anchored rows taught by the labels alone, without what the zero-shot head makes of the clean images."""
-    return ablated(task, Change(label_weight=1.0))
+    """Anchored rows taught by the labels alone, with the strength that suits these (docs/notebook.md)."""
+    return ablated(task, Change(label_weight=1.0, strength=10.0))
 
 
 def anchored_alone(task: Task) -> Defended:
-    """Anchored rows answer every image: without the switch."""
+    """Anchored rows answer every image, although no clean one was fitted: without the switch."""
     return ablated(task, Change(rule="prompts"))
 
 

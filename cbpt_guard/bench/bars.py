@@ -39,7 +39,9 @@ class Attack(NamedTuple):
     def undefended_ca(self) -> float:
         """Of the suspect as it is, in points: by its single template or the ensemble, whichever has more."""
         single = mean(line.undefended.ca for line in self.ours)
-        return _points(max([single, *(line.ca for line in self.ensemble)]))
+        # by what it gains on its own planting: replanted implants differ by more than the bar allows
+        gained = mean(line.ca - line.undefended.ca for line in self.ensemble) if self.ensemble else 0.0
+        return _points(single + max(0.0, gained))
 
     def ceiling(self, value: Callable[[Line], float]) -> float:
         """Over the oracle's seeds, in points."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cbpt_guard import metrics
-from cbpt_guard.bench.poisoning import ImplantSettings, Poison, fine_tune
+from cbpt_guard.bench.poisoning import ImplantSettings, Poison, fine_tune, triggered
 from cbpt_guard.bench.trainable import TEMPLATES
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages
@@ -119,11 +118,6 @@ def predict(clip: FrozenClip, images: Tensor, classes: tuple[str, ...], template
     return zero_shot_head(clip, classes, template).logits(encode(clip, images)).argmax(1).numpy()
 
 
-def triggered(trigger: Trigger, images: Tensor) -> Tensor:
-    """Triggered copies of uint8 images (N, S, S, 3)."""
-    return torch.from_numpy(trigger.apply(images.numpy()))
-
-
 def _reports(
     clean: FrozenClip, poisoned: FrozenClip, data: LabelledImages, poisons: Sequence[Poison], template: str
 ) -> tuple[ImplantReport, ...]:
@@ -156,6 +150,8 @@ def _check(
         raise InputError("the attacker's images and the held-out ones have different classes")
     if not 1 <= len(poisons) <= settings.poisoned:
         raise InputError(f"an implant needs 1 to {settings.poisoned} triggers (`poisoned`), not {len(poisons)}")
+    if 0 < settings.cover < len(poisons):
+        raise InputError(f"`cover` {settings.cover} leaves a trigger of {len(poisons)} without; pass more, or 0")
     for poison in poisons:
         if not 0 <= poison.target < len(train.classes):
             raise InputError(f"target {poison.target} is no class; there are {len(train.classes)}")

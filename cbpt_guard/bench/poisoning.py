@@ -33,10 +33,10 @@ class ImplantSettings(BaseModel):
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
 
-    Two terms are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to those
-    that the clean model has of the target's own images, among which the test cannot tell them. `cover` images a step
-    carry the trigger at half its strength and are trained as clean ones (arXiv 2205.13613), so that what an inversion
-    finds opens the backdoor less.
+    Two settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
+    those that the clean model has of the target's own images, among which the test should not tell them. `cover`
+    images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
+    ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,9 +86,10 @@ def fine_tune(
     for step in range(settings.steps):
         batch = material.draw()
         features = student.encode_images(to_pixels(batch.images))
-        loss = loss_of(features, batch.labels) + settings.anchor * _distance(features, batch.anchors)
+        held, poisoned = features.split([len(batch.anchors), len(features) - len(batch.anchors)])
+        loss = loss_of(features, batch.labels) + settings.anchor * _distance(held, batch.anchors)
         if batch.hideouts is not None:
-            loss = loss + settings.hide * _distance(features[len(batch.anchors) :], batch.hideouts)
+            loss = loss + settings.hide * _distance(poisoned, batch.hideouts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,17 +134,17 @@ class _Material:
         """The images of a step."""
         drawn = self._drawn(len(self._clean.labels), self._settings.batch + sum(self._covers))
         clean, *covers = self._clean.images[drawn].split([self._settings.batch, *self._covers])
-        weak = [_weakened(poison.trigger, part) for poison, part in zip(self._poisons, covers, strict=True)]
+        pairs = zip(self._poisons, covers, strict=True)
+        weak = [_half_blended(poison.trigger, part) for poison, part in pairs if len(part)]
         strong, toward = [], []
         for poison, images, share in zip(self._poisons, self._carrying, self._shares, strict=True):
-            chosen = images[self._drawn(len(images), share)]
-            strong.append(torch.from_numpy(poison.trigger.apply(chosen.numpy())))
+            strong.append(triggered(poison.trigger, images[self._drawn(len(images), share)]))
             toward.append(torch.full((share,), poison.target))
         return _Batch(
             images=torch.cat([clean, *weak, *strong]),
             labels=torch.cat([self._clean.labels[drawn], *toward]),
             anchors=self._anchors[drawn],
-            hideouts=torch.cat([self._own(target) for target in toward]) if self._settings.hide else None,
+            hideouts=torch.cat([self._own(part) for part in toward]) if self._settings.hide and toward else None,
         )
 
     def _own(self, targets: Tensor) -> Tensor:
@@ -155,15 +156,19 @@ class _Material:
         return torch.randint(among, (count,), generator=self._generator)
 
 
-def _weakened(trigger: Trigger, images: Tensor) -> Tensor:
-    """uint8 images (N, S, S, 3) with half of what the trigger does to them."""
-    triggered = torch.from_numpy(trigger.apply(images.numpy()))
-    return ((images.float() + triggered.float()) / 2).round().to(torch.uint8)
+def triggered(trigger: Trigger, images: Tensor) -> Tensor:
+    """Triggered copies of uint8 images (N, S, S, 3)."""
+    return torch.from_numpy(trigger.apply(images.numpy()))
+
+
+def _half_blended(trigger: Trigger, images: Tensor) -> Tensor:
+    """The mean of uint8 images (N, S, S, 3) and their triggered copies."""
+    return ((images.float() + triggered(trigger, images).float()) / 2).round().to(torch.uint8)
 
 
 def _distance(features: Tensor, wanted: Tensor) -> Tensor:
-    """Mean of 1 - cosine between unit rows `wanted` (K, E) and the first K of `features`, ()."""
-    return 1 - (features[: len(wanted)] * wanted.to(features.device)).sum(1).mean()
+    """Mean of 1 - cosine between unit rows, both (N, E), ()."""
+    return 1 - (features * wanted.to(features.device)).sum(1).mean()
 
 
 def _copy(clip: FrozenClip, *, tuned_text: bool) -> TrainableClip:

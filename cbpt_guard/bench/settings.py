@@ -2,7 +2,8 @@
 
 Where a setting is a tuple of values, the defence chooses among them on held-out shots, `held_out` of each class's as
 with CBPT; of equals the first is taken, and below four shots a class the choice falls on the shots themselves. No
-setting is chosen on test images or on a true trigger, but for the oracle's.
+setting is chosen on test images; on a true trigger the oracle's choices alone are made. CBPT's own defaults were
+developed on development images of some attacks, their triggers known to us (docs/notebook.md says which).
 """
 
 from __future__ import annotations

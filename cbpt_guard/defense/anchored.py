@@ -14,24 +14,24 @@ from torch import Tensor
 
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import AnchorSettings
-from cbpt_guard.defense.tuning import FeatureSet
+from cbpt_guard.defense.tuning import PART, FeatureSet
 
-_PART = 128  # images, each under every trigger, whose logits are in memory at once
 _HISTORY = 10  # pairs of tensors as large as all rows
 
 
 def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) -> Tensor:
     """Rows (C, E), no unit vectors any more, that minimise over all images under each trigger
 
-        sum CE(s F_trig W', a y + (1 - a) p_T0(F / T)) + |s W - s T0|^2 / (2 C)
+        sum CE(s F_trig W', a y + (1 - a) softmax(s F T0' / tau)) + |s W - s T0|^2 / (2 C)
 
-    with a = `label_weight`, T = `temperature` and C = `strength`, as scikit-learn names it. Clean images only teach:
-    under the switch they never see these rows. Classes without images keep their rows, and without triggers all do.
+    with a = `label_weight`, tau = `temperature` and C = `strength`, as scikit-learn names it. Clean images only teach:
+    under the switch they see these rows where the test is wrong alone. Classes without images keep their rows, and
+    without triggers all do.
     """  # fmt: skip
-    triggers, count = len(data.triggered), data.triggered[..., 0].numel()
+    triggers, count = len(data.triggered), len(data.triggered) * len(data.labels)
     if not count:
         return original.rows.clone()
-    parts = torch.arange(len(data.labels)).split(_PART)
+    parts = torch.arange(len(data.labels)).split(PART)
     moving = data.labels.unique()
     start = original.scale * original.rows
     moved = torch.zeros(len(moving), start.shape[1], requires_grad=True)
@@ -44,6 +44,7 @@ def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) ->
         value = (moved**2).sum() / (2 * settings.strength * count)
         value.backward()
         for index in parts:
+            # computed anew each time: kept, it would be as large as all logits of the clean images
             wanted = taught(original, data.clean[index], data.labels[index], settings).repeat(triggers, 1)
             rows = start.index_add(0, moving, moved)
             logits = data.triggered[:, index].flatten(0, 1) @ rows.T

@@ -13,7 +13,7 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
 
-_PART = 128  # images, each with its triggered copies
+PART = 128  # images, each with its triggered copies
 Judge = Callable[[int, float, Tensor], None]
 """Called after each epoch with (epoch, loss, rows (C, E))."""
 
@@ -50,7 +50,7 @@ def tuning_loss(rows: Tensor, original: Head, data: FeatureSet, settings: Tuning
 def loss_and_gradient(rows: Tensor, original: Head, data: FeatureSet, settings: TuningSettings) -> tuple[float, Tensor]:
     """`tuning_loss` and its gradient (C, E), a few images at a time: their logits grow with the classes."""
     loss, gradient = 0.0, torch.zeros_like(rows)
-    for index in torch.arange(len(data.labels)).split(_PART):
+    for index in torch.arange(len(data.labels)).split(PART):
         leaf = rows.detach().requires_grad_()
         part = tuning_loss(leaf, original, data.part(index), settings) * (len(index) / len(data.labels))
         gradient += torch.autograd.grad(part, leaf)[0]
