@@ -10,10 +10,7 @@ four kinds of light, which such towers can tell. `measure` appends lines to fami
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import onnxruntime
 import torch
+from command import append, machine, parsers
 from pages import rewrite
 from PIL import Image
 from timing import own_seconds
@@ -51,22 +49,16 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--shared", type=Path, required=True)
-    measuring.add_argument("--work", type=Path, required=True)
+    parser, _, measuring = parsers(__doc__)
     names = tuple(family.architecture for family in FAMILIES)
     measuring.add_argument("--families", nargs="+", choices=names, default=names)
     measuring.add_argument("--size", choices=("small", "full"), default="full")
-    commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "measure":
         for family in (family for family in FAMILIES if family.architecture in args.families):
             line = measure(family, args.size, photographs(args.shared, args.work / PACK), args.work / args.size)
             print(json.dumps(line), flush=True)
-            with LINES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(LINES, line)
     else:
         write_page()
 
@@ -139,7 +131,7 @@ def measure(family: Family, size: str, pictures: Photographs, work: Path) -> Lin
         "open_clip": openclip.VERSION,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -10,10 +10,7 @@ machine that slows down slows both; each in a process of its own, with the threa
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from command import append, machine, parsers, timed
 from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
@@ -33,25 +31,19 @@ LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--shared", type=Path, required=True)
-    measuring.add_argument("--work", type=Path, required=True)
+    parser, commands, measuring = parsers(__doc__)
     measuring.add_argument("--model", choices=tuple(MODELS), default="suspect-badnet")
     training = commands.add_parser("train", help="what `measure` runs beside purify: prints seconds")
     training.add_argument("--model", type=Path, required=True)
     training.add_argument("--data", type=Path, required=True)
     training.add_argument("--work", type=Path, required=True)
     training.add_argument("--epochs", type=int, required=True)
-    commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "train":
         print(trained_seconds(args.model, args.data, args.work, args.epochs))
     elif args.command == "measure":
         line = measure(args.model, args.shared, args.work)
-        with LINES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(LINES, line)
         print(json.dumps(line))
     else:
         rewrite(METHOD, {"ft": told(lines())})
@@ -65,13 +57,8 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
     data, suspect, watch = unpacked(shared, "clean", work), shared / "models" / model / MODELS[model], Watch()
     epochs = (FT.epochs // 2, FT.epochs - FT.epochs // 2)
     first = _train(suspect, data, work, epochs[0])
-    started = time.monotonic()
-    out = ["--out", str(work / "purified"), "--shots", str(SHOTS), "--seed", str(SEED), "--force"]
-    command = [Path(sys.executable).parent / "cbpt-guard", "purify", "--model", suspect, "--data", data, *out]
-    code = subprocess.run(command, check=False).returncode
-    seconds = time.monotonic() - started
-    if code not in (0, 1):
-        raise SystemExit(f"purify ended with {code}")
+    shots = ("--shots", str(SHOTS), "--seed", str(SEED))
+    seconds = timed("purify", "--model", suspect, "--data", data, "--out", work / "purified", *shots, "--force")
     trained = first + _train(suspect, data, work, epochs[1])
     return {
         "model": model,
@@ -81,7 +68,7 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
         "epochs": FT.epochs,
         "others_cores": round(watch.others(), 2),
         "cbpt_guard": __version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

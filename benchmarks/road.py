@@ -8,19 +8,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import append, machine, parsers, timed
 from pages import rewrite
 
 from cbpt_guard import GuardedClassifier, __version__, metrics
@@ -36,22 +33,16 @@ MODELS = {"suspect-badnet": "suspect.pt", "mobilenet-clip": "."}
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--shared", type=Path, required=True)
-    measuring.add_argument("--work", type=Path, required=True)
+    parser, _, measuring = parsers(__doc__)
     measuring.add_argument("--split", choices=("clean", "test"), default="clean")
     measuring.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "table":
         write_table()
         return
     for model in args.models:
         line = measure(model, args.shared, args.work, args.split)
-        with LINES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(LINES, line)
         print(json.dumps(line))
 
 
@@ -62,12 +53,10 @@ def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     suspect = shared / "models" / model / MODELS[model]
     purify = ["purify", "--model", str(suspect), "--data", str(pictures["clean"]), "--out", str(folder / "purified")]
-    seconds, code = _run([*purify, "--shots", str(SHOTS), "--seed", str(SEED), "--force"])
+    seconds = timed(*purify, "--shots", str(SHOTS), "--seed", str(SEED), "--force")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    if code not in (0, 1):
-        raise SystemExit(f"purify ended with {code}")
     out = ["--run", str(folder / "purified"), "--out", str(folder / "bundle"), "--force", "--allow-unguarded"]
-    export_seconds, _ = _run(["export", "--onnx", *out])
+    export_seconds = timed("export", "--onnx", *out)
     record = json.loads((folder / "purified" / "run.json").read_text(encoding="utf-8"))
     return {
         "model": model,
@@ -83,7 +72,7 @@ def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
         "stages": record["seconds"],
         "cbpt_guard": __version__,
         "versions": record["versions"],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -139,12 +128,6 @@ def counted(pictures: Path, split: str) -> Listing:
     drawn = {path for files in everything.drawn(SHOTS, SEED).files for path in files}
     rest = tuple(tuple(path for path in files if path not in drawn) for files in everything.files)
     return Listing(everything.classes, rest)
-
-
-def _run(arguments: list[str]) -> tuple[float, int]:
-    started = time.monotonic()
-    code = subprocess.run([Path(sys.executable).parent / "cbpt-guard", *arguments], check=False).returncode
-    return time.monotonic() - started, code
 
 
 def write_table() -> None:

@@ -12,11 +12,8 @@ patience ends; each line says what they took.
 
 from __future__ import annotations
 
-import argparse
 import json
 import operator
-import os
-import platform
 import sys
 import time
 from datetime import UTC, datetime
@@ -24,6 +21,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from command import append, machine, parsers
 from pages import rewrite
 from rows import MOBILE, ROWS, TIMELESS, VIT, Line, Work, made
 from timing import Watch
@@ -38,16 +36,11 @@ QUIET, PAUSE = 0.1, 20.0  # cores that others may take; seconds until the next a
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--shared", type=Path, required=True)
-    measuring.add_argument("--work", type=Path, required=True)
+    parser, _, measuring = parsers(__doc__)
     measuring.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     measuring.add_argument("--short", action="store_true")
     measuring.add_argument("--patience", type=int, default=5, help="how often a disturbed row is tried")
     measuring.add_argument("--quiet", type=float, default=QUIET, help="cores that other processes may take")
-    commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "table":
         write_table()
@@ -58,8 +51,7 @@ def main() -> None:
         for line in lines:
             print(json.dumps(line), flush=True)
         if not args.short:
-            with LINES.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            append(LINES, *lines)
 
 
 def undisturbed(name: str, work: Work, patience: int, quiet: float) -> list[Line]:
@@ -86,7 +78,7 @@ def circumstances() -> Line:
         "torch": torch.__version__,
         "open_clip": openclip.VERSION,
         "int8_dot_products": "vnni" in flags,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
