@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from planted import SIZE, PlantedClip
 
+from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import Journal
@@ -18,7 +19,8 @@ from cbpt_guard.defense.observed import observe
 from cbpt_guard.defense.pattern import square
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.record import Candidate
-from cbpt_guard.defense.search import Findings, Search, adopt
+from cbpt_guard.defense.reuse import adopt
+from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.errors import InputError
 
@@ -116,31 +118,6 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     natural = found.candidates[0].natural
     assert natural is not None
     assert natural > SETTINGS.stands_out * found.candidates[0].area
-
-
-@pytest.mark.parametrize(
-    ("odds", "ahead"),
-    [
-        ([0.02, 511.0, 20.0, 0.9, 0.03, 0.01], {1: 10.0, 2: 10.0}),  # two planted targets
-        ([269.0, 0.3, 0.04, 0.01, 0.0, 0.0], {0: 10.0}),  # one, with a natural leader far ahead of what is left
-        ([6.0, 1.25, 0.04, 0.01, 0.0, 0.0], {0: 4.8}),
-        ([0.11, 0.08, 0.04, 0.04, 0.02, 0.0], {}),  # a clean model
-        ([511.0, 120.0, 55.0, 14.0, 9.0, 8.0], {}),  # of ten digits: every class is reached
-        ([9.0, 9.0, 9.0, 9.0, 0.01, 0.01], {}),  # more than may be candidates
-    ],
-)
-def test_leaders_of_the_scan_are_ahead_of_the_rest(tmp_path: Path, odds: list[float], ahead: dict[int, float]) -> None:
-    found = search(tmp_path, PlantedClip(None))._ahead(torch.tensor(odds))
-    assert found.tolist() == pytest.approx([ahead.get(c, 0.0) for c in range(6)])
-
-
-def test_additive_triggers_say_nothing_where_they_reach_every_class(tmp_path: Path) -> None:
-    """A clean CLIP of ten digits gives nine answers of ten to one class under the agnostic trigger."""
-    share, asked = torch.tensor([0.92, 0.04, 0.02, 0.01, 0.01, 0.0]), search(tmp_path, PlantedClip(None))
-    assert asked._at_once(share, torch.tensor([9.0, 4.0, 3.0, 2.0, 1.0, 0.5])).tolist() == [0] * 6
-    tuned = torch.tensor([18.6, 1.15, 0.78, 0.61, 0.47, 0.42])  # a clean one that was fine-tuned: its leader is natural
-    assert asked._at_once(share, tuned).tolist() == [0] * 6
-    assert asked._at_once(share, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]))[0] > 10
 
 
 def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:

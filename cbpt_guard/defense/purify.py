@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cbpt_guard.defense.data import split
+from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead
@@ -21,8 +22,9 @@ from cbpt_guard.defense.observed import Observed, observe
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.result import Outcome, write_result
+from cbpt_guard.defense.reuse import adopt
 from cbpt_guard.defense.run import OURS, PurifyRun
-from cbpt_guard.defense.search import Findings, Search, adopt, searching
+from cbpt_guard.defense.search import Search, searching
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.suspect import ModelFlags

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cbpt_guard.defense import run as files
+from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.job import Prepared, tool_versions
 from cbpt_guard.defense.pictures import draw
 from cbpt_guard.defense.prompts import save_contexts
 from cbpt_guard.defense.record import DataRecord, RunMetrics, RunRecord, Verdict
-from cbpt_guard.defense.search import Findings
 from cbpt_guard.defense.tuning import Epoch
 from cbpt_guard.files import write_text
 from cbpt_guard.manifest import Suspect

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import (
@@ -24,44 +25,15 @@ from cbpt_guard.defense.inversion import (
 )
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
+from cbpt_guard.defense.odds import PROBE, at_once, grown, odds_of, ranked
 from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.record import Candidate
-from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.together import together
 from cbpt_guard.defense.waves import Heard, listen
-from cbpt_guard.errors import InputError
 
 Making = Callable[[Progress], FoundTrigger]
-_PROBE = 512  # images on which shares and found-trigger ASRs are read: a standard error of 2 points at most
-_SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
 _NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie: a weak one blurs the test for them
-_SURE = 10.0  # odds of the scan above which there is nothing to compare
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What stage 1 found: a bank of triggers, and the candidates, the likeliest first."""
-
-    bank: TriggerBank
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def suspects(self) -> list[int]:
-        """Targets that stand out."""
-        return [candidate.index for candidate in self.candidates if candidate.stands_out]
-
-    def budgets(self, stands_out: float) -> dict[int, float]:
-        """The area that a fresh mask toward each suspect may cover, as a share of the image.
-
-        As much as the found one, and no more than would make a class stand out: with more, any image can be painted
-        over with the target, backdoor or not.
-        """
-        masks = [one for one in self.bank if one.family == "masked"]
-        found = {item.index: [one.area for one in masks if one.target == item.index] for item in self.candidates}
-        striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
-        # the bank of an earlier run, read for other classes, may hold no mask toward a suspect
-        return {target: min([1.0, *found[target], *striking.get(target, [])]) for target in self.suspects}
 
 
 @dataclass(frozen=True)
@@ -107,7 +79,7 @@ class Search:
         self.classes, self._settings, self._seed = classes, settings, seed
         self._journal, self._progress = journal, progress
         order = torch.randperm(len(clean.labels), generator=generator(seed, "probe"))
-        self._probe = order[:_PROBE]
+        self._probe = order[:PROBE]
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
@@ -125,10 +97,10 @@ class Search:
         trigger = self._agnostic()
         lead = Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
         scanned = self._scanned()
-        odds = torch.maximum(self._at_once(lead.reached, _odds(scanned.exp())), _odds(self._heard().best))
-        known = [c for c in _ranked(odds) if odds[c] >= self._settings.stands_out]
+        odds = torch.maximum(at_once(lead.reached, odds_of(scanned.exp()), self._settings), odds_of(self._heard().best))
+        known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
         tried = [*known, *self._further(lead, scanned, known, observed)]
-        references = self._references(_ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
+        references = self._references(ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
         areas = self._needed_areas([*tried, *references])
         typical = median(areas[c] for c in references or tried)
         scores = {c: max(float(odds[c]), typical / areas[c]) for c in tried}
@@ -149,30 +121,7 @@ class Search:
 
     def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
-        return list(dict.fromkeys([*(item.index for item in candidates), *_ranked(self._scanned())]))
-
-    def _at_once(self, lead: Tensor, scanned: Tensor) -> Tensor:
-        """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
-
-        Not at all, where the scan brings even the class of middle rank to some images: to so small a model the budget
-        of additive triggers is large, and its clean copies have such leaders, too.
-        """
-        if scanned.median() >= _SMALL:
-            return torch.zeros_like(lead)
-        return torch.maximum(_odds(lead), self._ahead(scanned))
-
-    def _ahead(self, odds: Tensor) -> Tensor:
-        """How far a few leaders of the scan are ahead of the rest, (C,): their odds over the best of the rest, else 0.
-
-        As many are leaders as there can be while the last of them is `stands_out` times ahead, and `stands_out` times
-        as likely as all else: natural leaders may be far ahead of a rest that is not reached at all.
-        """
-        ranking, ahead, odds = _ranked(odds), torch.zeros_like(odds), odds.clamp(1.0, _SURE)
-        for count in range(1, min(self._settings.candidates, len(ranking) - 1) + 1):
-            leaders, best = ranking[:count], odds[ranking[count]]
-            if odds[leaders[-1]] >= self._settings.stands_out * best:
-                ahead[leaders] = odds[leaders] / best
-        return ahead
+        return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self._scanned())]))
 
     def _further(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
@@ -180,8 +129,8 @@ class Search:
         Those are `observed` targets and, where none is known, the likeliest by the lead, by the scan and by waves. One
         class is left to compare with, if there is one.
         """
-        scanning, hearing = _ranked(scanned)[: self._settings.scanned], _ranked(self._heard().best)[:1]
-        likely = [] if known else [*self._grown(lead.growth), *scanning, *hearing]
+        scanning, hearing = ranked(scanned)[: self._settings.scanned], ranked(self._heard().best)[:1]
+        likely = [] if known else [*grown(lead.growth, self._settings), *scanning, *hearing]
         further = [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
         return further[: max(len(self.classes) - len(known) - 1, len(observed))]
 
@@ -244,7 +193,7 @@ class Search:
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
         heard, settings = self._heard(), self._settings
-        odds = _odds(heard.best)
+        odds = odds_of(heard.best)
         told = [c for c in targets if odds[c] >= settings.stands_out]
         return [wave for c in told for wave in heard.triggers(c, self._clip.image_size, settings)]
 
@@ -259,12 +208,6 @@ class Search:
             "agnostic",
             lambda: invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report),
         )
-
-    def _grown(self, growth: Tensor) -> list[int]:
-        """The class whose share of the answers grew most, and others whose share grew clearly."""
-        ranking = _ranked(growth)
-        clear = [c for c in ranking[1:] if growth[c] >= self._settings.clear_share]
-        return [ranking[0], *clear][: self._settings.candidates]
 
     def _references(self, ranking: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with; with very few classes, any that is no candidate."""
@@ -311,49 +254,5 @@ def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Parts
     return Search(clip, clean, head, data.classes, settings, job.seed, journal, progress)
 
 
-def _ranked(values: Tensor) -> list[int]:
-    """Classes, the largest value first."""
-    ranking: list[int] = values.argsort(descending=True, stable=True).tolist()
-    return ranking
-
-
-def _odds(share: Tensor) -> Tensor:
-    """How many times as likely as all else; no more than a probe of some hundred images can tell."""
-    share = share.clamp(max=1 - 1 / _PROBE)
-    return share / (1 - share)
-
-
 def _report(stage: str, progress: Progress) -> Report:
     return lambda step, steps, loss, asr: progress(Step(stage, step, steps, loss, asr))
-
-
-def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
-    """The findings of an earlier run of the same suspect, read for another class list.
-
-    A stored trigger's target is the class that most images answer under it now; a suspect of the earlier run
-    stays one, whatever its class is called here.
-    """
-    suspected = {candidate.index for candidate in run.record.candidates if candidate.stands_out}
-    triggers, candidates = [], {}
-    for trigger in run.bank():
-        share = search.shares(trigger)
-        target = int(share.argmax())
-        triggers.append(replace(trigger, target=target))
-        if trigger.target in suspected:
-            earlier = next(item for item in run.record.candidates if item.index == trigger.target)
-            candidates[target] = earlier.model_copy(
-                update={
-                    "label": search.classes[target],
-                    "index": target,
-                    "share": float(share[target]),
-                    "share_clean": float(search.shares(None)[target]),
-                }
-            )
-    known = Findings(TriggerBank(tuple(triggers)), tuple(candidates.values()))
-    missing = [target for target in observed if target not in known.suspects]
-    if not missing:
-        return known
-    raise InputError(
-        f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
-        "trigger; run without `--reuse`"
-    )

@@ -1,0 +1,33 @@
+"""What stage 1 found, as the later steps take it: a bank of triggers and the candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cbpt_guard.defense.found import TriggerBank
+from cbpt_guard.defense.record import Candidate
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What stage 1 found: a bank of triggers, and the candidates, the likeliest first."""
+
+    bank: TriggerBank
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def suspects(self) -> list[int]:
+        """Targets that stand out."""
+        return [candidate.index for candidate in self.candidates if candidate.stands_out]
+
+    def budgets(self, stands_out: float) -> dict[int, float]:
+        """The area that a fresh mask toward each suspect may cover, as a share of the image.
+
+        As much as the found one, and no more than would make a class stand out: with more, any image can be painted
+        over with the target, backdoor or not.
+        """
+        masks = [one for one in self.bank if one.family == "masked"]
+        found = {item.index: [one.area for one in masks if one.target == item.index] for item in self.candidates}
+        striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
+        # the bank of an earlier run, read for other classes, may hold no mask toward a suspect
+        return {target: min([1.0, *found[target], *striking.get(target, [])]) for target in self.suspects}

@@ -1,0 +1,62 @@
+"""How far a class is ahead of all others, from shares and probabilities that were measured: arithmetic alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbpt_guard.defense.settings import SearchSettings
+
+PROBE = 512
+"""Images on which shares and found-trigger ASRs are read: a standard error of 2 points at most."""
+
+_SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
+_SURE = 10.0  # odds of the scan above which there is nothing to compare
+
+
+def odds_of(share: Tensor) -> Tensor:
+    """How many times as likely as all else, for shares in [0, 1]; no more than a probe of `PROBE` images can tell."""
+    share = share.clamp(max=1 - 1 / PROBE)
+    return share / (1 - share)
+
+
+def ranked(values: Tensor) -> list[int]:
+    """Classes, the largest of the values (C,) first."""
+    ranking: list[int] = values.argsort(descending=True, stable=True).tolist()
+    return ranking
+
+
+def at_once(reached: Tensor, scanned: Tensor, settings: SearchSettings) -> Tensor:
+    """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
+
+    Not at all, where the scan brings even the class of middle rank to some images: to so small a model the budget
+    of additive triggers is large, and its clean copies have such leaders, too.
+
+    Args:
+        reached: the share of images that the agnostic trigger leads to each class, (C,).
+        scanned: the scan's odds for each class, (C,).
+    """
+    if scanned.median() >= _SMALL:
+        return torch.zeros_like(reached)
+    return torch.maximum(odds_of(reached), ahead(scanned, settings))
+
+
+def ahead(odds: Tensor, settings: SearchSettings) -> Tensor:
+    """How far a few leaders of the scan are ahead of the rest, (C,): their odds (C,) over the best of the rest, else 0.
+
+    As many are leaders as there can be while the last of them is `stands_out` times ahead, and `stands_out` times
+    as likely as all else: natural leaders may be far ahead of a rest that is not reached at all.
+    """
+    ranking, found, odds = ranked(odds), torch.zeros_like(odds), odds.clamp(1.0, _SURE)
+    for count in range(1, min(settings.candidates, len(ranking) - 1) + 1):
+        leaders, best = ranking[:count], odds[ranking[count]]
+        if odds[leaders[-1]] >= settings.stands_out * best:
+            found[leaders] = odds[leaders] / best
+    return found
+
+
+def grown(growth: Tensor, settings: SearchSettings) -> list[int]:
+    """The class whose share of the answers grew most, and others whose share grew clearly; growth (C,)."""
+    ranking = ranked(growth)
+    clear = [c for c in ranking[1:] if growth[c] >= settings.clear_share]
+    return [ranking[0], *clear][: settings.candidates]

@@ -1,0 +1,51 @@
+"""How far a class is ahead: leads of two planted targets, of natural leaders, of models that every pattern moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cbpt_guard.defense.odds import PROBE, ahead, at_once, grown, odds_of, ranked
+from cbpt_guard.defense.settings import SearchSettings
+
+SETTINGS = SearchSettings()
+
+
+@pytest.mark.parametrize(
+    ("odds", "wanted"),
+    [
+        ([0.02, 511.0, 20.0, 0.9, 0.03, 0.01], {1: 10.0, 2: 10.0}),  # two planted targets
+        ([269.0, 0.3, 0.04, 0.01, 0.0, 0.0], {0: 10.0}),  # one, with a natural leader far ahead of what is left
+        ([6.0, 1.25, 0.04, 0.01, 0.0, 0.0], {0: 4.8}),
+        ([0.11, 0.08, 0.04, 0.04, 0.02, 0.0], {}),  # a clean model
+        ([511.0, 120.0, 55.0, 14.0, 9.0, 8.0], {}),  # of ten digits: every class is reached
+        ([9.0, 9.0, 9.0, 9.0, 0.01, 0.01], {}),  # more than may be candidates
+    ],
+)
+def test_leaders_of_the_scan_are_ahead_of_the_rest(odds: list[float], wanted: dict[int, float]) -> None:
+    found = ahead(torch.tensor(odds), SETTINGS)
+    assert found.tolist() == pytest.approx([wanted.get(c, 0.0) for c in range(6)])
+
+
+def test_additive_triggers_say_nothing_where_they_reach_every_class() -> None:
+    """A clean CLIP of ten digits gives nine answers of ten to one class under the agnostic trigger."""
+    reached = torch.tensor([0.92, 0.04, 0.02, 0.01, 0.01, 0.0])
+    assert at_once(reached, torch.tensor([9.0, 4.0, 3.0, 2.0, 1.0, 0.5]), SETTINGS).tolist() == [0] * 6
+    tuned = torch.tensor([18.6, 1.15, 0.78, 0.61, 0.47, 0.42])  # a clean one that was fine-tuned: its leader is natural
+    assert at_once(reached, tuned, SETTINGS).tolist() == [0] * 6
+    assert at_once(reached, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]), SETTINGS)[0] > 10
+
+
+def test_odds_stay_finite_where_every_image_of_the_probe_is_reached() -> None:
+    assert odds_of(torch.tensor([0.0, 0.5, 0.8, 1.0])).tolist() == pytest.approx([0, 1, 4, PROBE - 1], rel=1e-4)
+
+
+def test_ties_keep_the_order_of_the_classes() -> None:
+    assert ranked(torch.tensor([0.1, 0.3, 0.1, 0.3])) == [1, 3, 0, 2]
+
+
+def test_one_class_grew_most_and_others_count_where_they_grew_clearly() -> None:
+    assert grown(torch.tensor([0.02, 0.05, 0.01, -0.08]), SETTINGS) == [1]
+    clear = torch.tensor([0.1, 0.3, 0.09, 0.2, 0.15])
+    assert grown(clear, SETTINGS) == [1, 3, 4], "no more than may be candidates"
+    assert grown(clear, SETTINGS.model_copy(update={"candidates": 5})) == [1, 3, 4, 0]
