@@ -10,22 +10,25 @@ import torch
 import torch.nn.functional as F
 from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
+from torch import Tensor
 
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.heats import scan_targets
 from cbpt_guard.defense.inversion import (
     Answering,
     CleanSet,
     agnostic_loss,
     invert_agnostic,
     invert_toward,
-    scan_targets,
 )
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.pattern import Pattern
+from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.settings import InversionSettings, RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
+from cbpt_guard.defense.waves import listen
 from cbpt_guard.errors import InputError
 
 TARGET = 2
@@ -229,11 +232,11 @@ def test_few_classes_have_an_agnostic_loss(classes: int) -> None:
 
 def test_the_scan_ranks_the_planted_target_first() -> None:
     clip = PlantedClip(TARGET)
-    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), ignore)
+    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), silent)
     assert scores.shape == (6,)
     assert int(scores.argmax()) == TARGET
     clean = PlantedClip(None)
-    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), ignore)
+    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), silent)
     assert scores[TARGET] > innocent.max()
 
 
@@ -246,8 +249,8 @@ def test_the_scans_leaders_get_a_second_heat(monkeypatch: pytest.MonkeyPatch) ->
         assert each >= settings.batch // 2
         return torch.tensor([-5.0, -1.0, -4.0, -2.0, -6.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
 
-    monkeypatch.setattr("cbpt_guard.defense.inversion._heat", heat)
-    scores = scan_targets(clip, clip.clean(), clip.head, settings, generator(0, "scan"), ignore)
+    monkeypatch.setattr("cbpt_guard.defense.heats._heat", heat)
+    scores = scan_targets(clip, clip.clean(), clip.head, settings, generator(0, "scan"), silent)
     assert heats == [([0, 1, 2, 3, 4, 5], 3), ([1, 3], 6)]
     assert scores.tolist() == pytest.approx([-5.0, -0.5, -4.0, -0.1, -6.0, -7.0])
 
@@ -272,13 +275,47 @@ def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, obj
     head = Head(F.normalize(torch.randn(3, 32, generator=generator(0, "rows")), dim=1), 20.0)
     invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore)
     trigger = invert_toward(clip, clean, head, 1, "masked", brief, generator(0, "m"), ignore)
-    scan_targets(clip, clean, head, brief, generator(0, "s"), ignore)
+    scan_targets(clip, clean, head, brief, generator(0, "s"), silent)
     after = snapshot(clip)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(value.grad is None for value in clip.model.parameters())
     triggered = encode(clip, images, trigger)
     assert triggered.norm(dim=1).allclose(torch.ones(12), atol=1e-6)
     assert not triggered.allclose(features, atol=1e-3)
+
+
+def test_what_is_found_does_not_depend_on_the_threads() -> None:
+    """Bit for bit: parts run side by side on a thread each, and all that is drawn is drawn before."""
+    clip, threads = frozen(RESNET), torch.get_num_threads()
+    size = clip.image_size
+    images = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
+    head = Head(F.normalize(torch.randn(6, 32, generator=generator(0, "rows")), dim=1), 20.0)
+    brief = InversionSettings(
+        masked_steps=2, agnostic_steps=2, scan_steps=2, scan_budget=1, batch=20, finalists=2, wave_periods=1
+    )
+
+    def found() -> list[Tensor]:
+        features = encode(clip, images)
+        clean = CleanSet(images, features, torch.arange(40) % 6)
+        masked = invert_toward(clip, clean, head, 1, "masked", brief, generator(0, "m"), ignore)
+        return [
+            features,
+            invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore).pattern,
+            scan_targets(clip, clean, head, brief, generator(0, "s"), silent),
+            listen(clip, clean, head, brief, generator(0, "w"), silent).packed(),
+            masked.pattern,
+        ]
+
+    try:
+        torch.set_num_threads(1)
+        alone = found()
+        torch.set_num_threads(3)
+        beside = found()
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(alone, beside, strict=True):
+        assert one.std() > 0
+        assert torch.equal(one, other)
 
 
 def test_rolling_wraps_around_and_keeps_the_area() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cbpt_guard.defense.progress import Progress, Step, silent
-from cbpt_guard.defense.together import together
+from cbpt_guard.defense.together import Tally, together
 
 CPU = torch.device("cpu")
 
@@ -105,3 +105,16 @@ def test_progress_is_told_by_one_at_a_time() -> None:
             progress(Step("x", step, 20))
 
     together([work, work], alone, CPU)
+
+
+def test_a_tally_never_goes_back_whoever_is_late() -> None:
+    steps: list[Step] = []
+    tally = Tally("both", 40)
+
+    def count(progress: Progress) -> None:
+        for _ in range(10):
+            tally.add(1, progress, asr=0.5)
+            time.sleep(0.001)
+
+    together([count] * 4, steps.append, CPU)
+    assert steps == [Step("both", done, 40, None, 0.5) for done in range(1, 41)]

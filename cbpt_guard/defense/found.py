@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.progress import Progress, Step, silent
+from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.smooth import tinted
+from cbpt_guard.defense.together import Tally, together
 from cbpt_guard.defense.warp import moved
 from cbpt_guard.errors import InputError
 
@@ -81,7 +83,6 @@ class FoundTrigger:
         return FoundTrigger(self.family, self.target, self.pattern.to(device), mask)
 
 
-@torch.no_grad()
 def encode(
     clip: FrozenClip,
     images: Tensor,
@@ -93,16 +94,19 @@ def encode(
 ) -> Tensor:
     """Unit features (N, E), on the CPU, of uint8 images (N, S, S, 3), clean or under a trigger.
 
-    `batch` images at a time, by default as many as suit the device.
+    `batch` images at a time, by default as many as suit the device; side by side on a CPU.
     """
-    batch = batch or clip.batch
-    placed = None if trigger is None else trigger.to(clip.device)
-    parts: list[Tensor] = []
-    for number, part in enumerate(images.split(batch)):
+    placed, tally = None if trigger is None else trigger.to(clip.device), Tally(stage, len(images))
+
+    @torch.no_grad()  # whether there are gradients is each thread's own
+    def encoded(part: Tensor, report: Progress) -> Tensor:
         pixels = to_pixels(part.to(clip.device))
-        parts.append(clip.encode_images(pixels if placed is None else placed.apply(pixels)).cpu())
-        progress(Step(stage, min(len(images), (number + 1) * batch), len(images)))
-    return torch.cat(parts)
+        features = clip.encode_images(pixels if placed is None else placed.apply(pixels)).cpu()
+        tally.add(len(part), report)
+        return features
+
+    parts = images.split(batch or clip.batch)
+    return torch.cat(together([partial(encoded, part) for part in parts], progress, clip.device))
 
 
 @dataclass(frozen=True)

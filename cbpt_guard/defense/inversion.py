@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.found import FoundTrigger, Inverted, encode
-from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.pattern import Pattern
+from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.together import together
 
+Result = TypeVar("Result")
 NARROW: tuple[Inverted, ...] = ("patch", "warp", "tint")
 """Families that fit the backdoors they fit at once; toward other targets they are given up early."""
 Report = Callable[[int, int, float, float], None]
@@ -90,15 +91,13 @@ def invert_agnostic(
     answers = torch.zeros(rows.shape[0])
     for step in range(settings.agnostic_steps):
         index = clean.draw(settings.agnostic_batch, generator)
-        pixels = pattern.value(-1).apply(to_pixels(clean.images[index])).to(clip.device)
-        # the loss compares all images of the batch, but their activations need not be in memory at once
-        features = torch.cat(
-            [checkpoint(clip.encode_images, part, use_reentrant=False) for part in pixels.split(clip.batch)]
-        )
-        features = features.cpu()
+        pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
+        # in two passes: the loss compares all images of the batch, but their activations need not be in memory at once
+        features = torch.cat(_in_parts(_encoded, clip, pixels.detach())).requires_grad_()
         loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)
+        (wanted,) = torch.autograd.grad(loss, features)
         optimiser.zero_grad()
-        loss.backward()
+        pixels.backward(torch.cat(_in_parts(_led_back, clip, pixels.detach(), wanted)))
         optimiser.step()
         counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
@@ -137,11 +136,11 @@ def invert_toward(
         index = clean.draw(settings.batch, generator, without=target)
         trigger = _varied(pattern.value(target, _allowed(budget, step / steps)), shift, generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
-        pull = _pull(clip, head, pixels, goal)
-        loss = pull.losses.mean()
-        asr = 0.7 * asr + 0.3 * float((pull.answers == target).float().mean())
+        pulled = _pull(clip, head, pixels, goal)
+        loss = pulled.losses.mean()
+        asr = 0.7 * asr + 0.3 * float((pulled.answers == target).float().mean())
         optimiser.zero_grad()
-        pixels.backward(pull.gradient / len(goal), retain_graph=True)
+        pixels.backward(pulled.gradient / len(goal), retain_graph=True)
         if pays and budget is None and trigger.mask is not None:
             weight = min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
             paid = weight * trigger.mask.mean()
@@ -182,6 +181,32 @@ def _allowed(budget: float | None, progress: float) -> float | None:
     return None if budget is None else budget ** min(1.0, 2 * progress)
 
 
+def _in_parts(work: Callable[..., Result], clip: FrozenClip, *columns: Tensor) -> list[Result]:
+    """What `work` makes of a few rows of the columns at a time, side by side.
+
+    What is kept for the way back through the encoder is most of what inversion holds in memory.
+    """
+
+    def of_part(part: tuple[Tensor, ...], _: Progress) -> Result:
+        return work(clip, *part)
+
+    parts = zip(*(column.split(clip.batch) for column in columns), strict=True)
+    return together([partial(of_part, part) for part in parts], silent, clip.device)
+
+
+@torch.no_grad()
+def _encoded(clip: FrozenClip, pixels: Tensor) -> Tensor:
+    return clip.encode_images(pixels.to(clip.device)).cpu()
+
+
+def _led_back(clip: FrozenClip, pixels: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient (N, 3, S, S) in the pixels of what has the gradient (N, E) in their features."""
+    leaf = pixels.requires_grad_()
+    features = clip.encode_images(leaf.to(clip.device)).cpu()
+    (found,) = torch.autograd.grad(features, leaf, gradient)
+    return found
+
+
 class _Pull(NamedTuple):
     """How far pixels (N, 3, S, S) are from their targets: losses (N,), answers (N,), the gradient in them."""
 
@@ -191,90 +216,19 @@ class _Pull(NamedTuple):
 
 
 def _pull(clip: FrozenClip, head: Answering, pixels: Tensor, targets: Tensor) -> _Pull:
-    """Every image alone, a few at a time: what is kept for the way back is most of what inversion holds in memory."""
-    parts = []
-    for part, wanted in zip(pixels.detach().split(clip.batch), targets.split(clip.batch), strict=True):
+    """What `head` misses of `targets` (N,), every image alone; the gradient is that of the sum of the losses."""
+
+    def of_part(_: FrozenClip, part: Tensor, wanted: Tensor) -> _Pull:
         leaf = part.requires_grad_()
         features = clip.encode_images(leaf.to(clip.device)).cpu()
         losses = head.missing(features, wanted)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        parts.append(_Pull(losses.detach(), head.answers(features.detach()), gradient))
+        return _Pull(losses.detach(), head.answers(features.detach()), gradient)
+
+    parts = _in_parts(of_part, clip, pixels.detach(), targets)
     return _Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _varied(trigger: FoundTrigger, shift: int, generator: torch.Generator) -> FoundTrigger:
     down, right = (int(torch.randint(-shift, shift + 1, (1,), generator=generator)) for _ in range(2))
     return trigger.rolled(down, right)
-
-
-def scan_targets(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    settings: InversionSettings,
-    generator: torch.Generator,
-    report: Report,
-) -> Tensor:
-    """A cheap look at every class: how readily an additive trigger makes it the answer, (C,), larger is readier.
-
-    Each class gets a pattern of its own and a few signed gradient steps, with its share of `scan_budget`
-    images, at least `scan_images` a step; a batch holds several classes. The score is the mean log-probability
-    of the class at the end. The first `finalists` are looked at once more, with twice the steps and half a batch
-    of images each: after the first heat a target may lie some places behind natural leaders.
-    """
-    classes = head.rows.shape[0]
-    each = scan_images(classes, settings)
-    scan = partial(_heat, clip, clean, head, settings, generator)
-    scores = scan(torch.arange(classes), settings.scan_steps, each, report)
-    finalists = scores.topk(min(settings.finalists, classes)).indices
-    scores[finalists] = scan(finalists, 2 * settings.scan_steps, max(each, settings.batch // 2), report)
-    return scores
-
-
-def scan_images(classes: int, settings: InversionSettings) -> int:
-    """Images of each class and step in the scan's first heat."""
-    each = settings.scan_budget // (classes * (settings.scan_steps + 1))
-    return min(max(each, settings.scan_images), settings.batch)
-
-
-def _heat(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    settings: InversionSettings,
-    generator: torch.Generator,
-    classes: Tensor,
-    steps: int,
-    each: int,
-    report: Report,
-) -> Tensor:
-    """Scores of `classes` after so many steps with `each` images, in their order."""
-    scores = torch.empty(len(classes))
-    for group in torch.arange(len(classes)).split(max(1, settings.batch // each)):
-        targets = classes[group].repeat_interleave(each)
-        patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
-        for _ in range(steps):
-            patterns.requires_grad_()
-            loss = _scan_loss(clip, clean, head, patterns, targets, generator)
-            (gradient,) = torch.autograd.grad(loss.mean(), patterns)
-            step = 2.5 * settings.epsilon / steps
-            patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
-        with torch.no_grad():
-            scores[group] = -_scan_loss(clip, clean, head, patterns, targets, generator).view(-1, each).mean(1)
-        report(int(group[-1]) + 1, len(classes), float(-scores[group].max()), float(scores[group].max().exp()))
-    return scores
-
-
-def _scan_loss(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    patterns: Tensor,
-    targets: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Cross-entropy (N,) toward each image's own target, under the pattern of that target."""
-    index = clean.draw(len(targets), generator)
-    each = len(targets) // len(patterns)
-    pixels = (to_pixels(clean.images[index]) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
-    return head.missing(clip.encode_images(pixels.to(clip.device)).cpu(), targets)

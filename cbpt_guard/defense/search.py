@@ -14,6 +14,7 @@ from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.heats import scan_targets
 from cbpt_guard.defense.inversion import (
     NARROW,
     Answering,
@@ -21,7 +22,6 @@ from cbpt_guard.defense.inversion import (
     Report,
     invert_agnostic,
     invert_toward,
-    scan_targets,
 )
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
@@ -198,8 +198,8 @@ class Search:
         return [wave for c in told for wave in heard.triggers(c, self._clip.image_size, settings)]
 
     def _heard(self) -> Heard:
-        draws, report = generator(self._seed, "waves"), _report("plain waves", self._progress)
-        make = partial(listen, self._clip, self._clean, self._head, self._settings, draws, report)
+        draws = generator(self._seed, "waves")
+        make = partial(listen, self._clip, self._clean, self._head, self._settings, draws, self._progress)
         return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
 
     def _agnostic(self) -> FoundTrigger:
@@ -217,10 +217,9 @@ class Search:
 
     def _scanned(self) -> Tensor:
         """Mean log-probability of each class under a trigger of its own after a short inversion, (C,)."""
-        draws, report = generator(self._seed, "scan"), _report("scan of every class", self._progress)
-        return self._journal.tensor(
-            "scan", lambda: scan_targets(self._clip, self._clean, self._head, self._settings, draws, report)
-        )
+        draws = generator(self._seed, "scan")
+        make = partial(scan_targets, self._clip, self._clean, self._head, self._settings, draws, self._progress)
+        return self._journal.tensor("scan", make)
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""

@@ -14,6 +14,20 @@ from cbpt_guard.defense.progress import Progress, Step
 Result = TypeVar("Result")
 
 
+class Tally:
+    """What pieces side by side have done of a stage of `steps`, counted together: progress never goes back."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self._stage, self._steps = stage, steps
+        self._done, self._lock = 0, threading.Lock()
+
+    def add(self, count: int, progress: Progress, loss: float | None = None, asr: float | None = None) -> None:
+        """So many steps more, told to the `progress` of the piece that did them."""
+        with self._lock:
+            self._done += count
+            progress(Step(self._stage, self._done, self._steps, loss, asr))
+
+
 class _StoppedError(Exception):
     """Raised inside a piece of work whose result nobody waits for any more."""
 

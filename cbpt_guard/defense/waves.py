@@ -8,7 +8,9 @@ its backdoor is as wide as a few periods; a clean one is seldom led to one class
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +18,10 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet, Report
+from cbpt_guard.defense.inversion import CleanSet
+from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.together import Tally, together
 
 _DIRECTIONS, _PHASES = 8, 4
 _SECOND_HEAT = 16  # times the images of the first
@@ -81,7 +85,7 @@ def listen(
     head: Head,
     settings: InversionSettings,
     generator: torch.Generator,
-    report: Report,
+    progress: Progress,
 ) -> Heard:
     """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many."""
 
@@ -89,10 +93,17 @@ def listen(
         trigger = FoundTrigger("wave", -1, wave(number, clip.image_size, settings), None)
         return head.reached(encode(clip, clean.images[index], trigger), clean.labels[index])
 
+    def heat(numbers: Sequence[int], index: Tensor) -> Tensor:
+        tally = Tally("plain waves", len(numbers))
+
+        def heard(number: int, report: Progress) -> Tensor:
+            shares = reached(number, index)
+            tally.add(1, report, asr=float(shares.amax()))
+            return shares
+
+        return torch.stack(together([partial(heard, number) for number in numbers], progress, clip.device))
+
     few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
-    most, waves = [], count_waves(clip.image_size, settings)
-    for number in range(waves):
-        most.append(reached(number, few).amax())
-        report(number + 1, waves, 0.0, float(most[-1]))
-    numbers = torch.stack(most).topk(min(settings.finalists, waves)).indices
-    return Heard(numbers, torch.stack([reached(number, more) for number in numbers.tolist()]))
+    waves = count_waves(clip.image_size, settings)
+    numbers = heat(range(waves), few).amax(1).topk(min(settings.finalists, waves)).indices
+    return Heard(numbers, heat(numbers.tolist(), more))

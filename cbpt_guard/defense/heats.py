@@ -1,0 +1,92 @@
+"""The scan: a cheap look at every class, in two heats.
+
+Each class gets an additive pattern of its own and a few signed gradient steps towards it (projected gradient descent,
+Madry et al., arXiv 1706.06083); classes that share a batch are a group, and groups run side by side.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cbpt_guard.defense.clip import FrozenClip, to_pixels
+from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.inversion import CleanSet
+from cbpt_guard.defense.progress import Progress
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.together import Tally, together
+
+
+def scan_targets(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Tensor:
+    """How readily an additive trigger makes each class the answer, (C,), larger is readier.
+
+    Each class gets its share of `scan_budget` images, at least `scan_images` a step. The score is the mean
+    log-probability of the class at the end. The first `finalists` are looked at once more, with twice the steps and
+    half a batch of images each: after the first heat a target may lie some places behind natural leaders.
+    """
+    classes = head.rows.shape[0]
+    each = scan_images(classes, settings)
+    scan = partial(_heat, clip, clean, head, settings, generator)
+    scores = scan(torch.arange(classes), settings.scan_steps, each, progress)
+    finalists = scores.topk(min(settings.finalists, classes)).indices
+    scores[finalists] = scan(finalists, 2 * settings.scan_steps, max(each, settings.batch // 2), progress)
+    return scores
+
+
+def scan_images(classes: int, settings: InversionSettings) -> int:
+    """Images of each class and step in the scan's first heat."""
+    each = settings.scan_budget // (classes * (settings.scan_steps + 1))
+    return min(max(each, settings.scan_images), settings.batch)
+
+
+def _heat(
+    clip: FrozenClip,
+    clean: CleanSet,
+    head: Head,
+    settings: InversionSettings,
+    generator: torch.Generator,
+    classes: Tensor,
+    steps: int,
+    each: int,
+    progress: Progress,
+) -> Tensor:
+    """Scores of `classes` after so many steps with `each` images, in their order."""
+    groups = classes.split(max(1, settings.batch // each))
+    tally = Tally("scan of every class", len(groups) * steps)
+
+    def scores(group: Tensor, draws: list[Tensor], report: Progress) -> Tensor:
+        targets = group.repeat_interleave(each)
+        patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
+        for index in draws[:-1]:
+            patterns.requires_grad_()
+            losses = _losses(clip, head, clean.images[index], patterns, targets)
+            (gradient,) = torch.autograd.grad(losses.mean(), patterns)
+            step = 2.5 * settings.epsilon / steps
+            patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
+            reached = (-losses.detach()).view(-1, each).mean(1).max()
+            tally.add(1, report, float(-reached), float(reached.exp()))
+        with torch.no_grad():
+            return -_losses(clip, head, clean.images[draws[-1]], patterns, targets).view(-1, each).mean(1)
+
+    def draws(group: Tensor) -> list[Tensor]:
+        return [clean.draw(len(group) * each, generator) for _ in range(steps + 1)]
+
+    # all draws come first and in order: which group is done first must not matter
+    works = [partial(scores, group, draws(group)) for group in groups]
+    return torch.cat(together(works, progress, clip.device))
+
+
+def _losses(clip: FrozenClip, head: Head, images: Tensor, patterns: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (N,) of uint8 images (N, S, S, 3) toward each one's own target, under that target's pattern."""
+    each = len(targets) // len(patterns)
+    pixels = (to_pixels(images) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
+    return head.missing(clip.encode_images(pixels.to(clip.device)).cpu(), targets)
