@@ -64,11 +64,12 @@ def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
     logs = [folder / READS for folder in (LINES, ADAPTIVE) if (folder / READS).exists()]
     count = sum(len(log.read_text(encoding="utf-8").splitlines()) for log in logs)
+    adaptive = committed(ADAPTIVE, ADAPTIVE_PLAN)
     return {
         "summary": summary(lines),
         "bars": bars(lines),
-        "verdicts": verdicts(lines),
-        "adaptive": table(committed(ADAPTIVE, ADAPTIVE_PLAN)),
+        "verdicts": verdicts([*lines, *adaptive]),
+        "adaptive": table(adaptive),
         "table": table(lines),
         "reads": f"The test images were read by {count} runs of the suite (`{READS}` beside the lines).",
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = pytest.StashKey[Figures]()
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side would stall each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, help="write what the trust tests counted to this JSON file")
@@ -29,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: commands would inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[FIGURES] = Figures()
+    if config.option.figures and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--figures counts in one process; leave -n out")
 
 
 def pytest_terminal_summary(
