@@ -43,14 +43,29 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
 
 
-def timed(*arguments: str | Path) -> float:
-    """Seconds that a `cbpt-guard` command takes from its start to its end.
+class Ran(NamedTuple):
+    """What a command took: seconds from start to end, the processors' seconds, and its peak memory in MiB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: int
+
+
+def ran(*arguments: str | Path) -> Ran:
+    """Run a `cbpt-guard` command, on Linux.
 
     It may say that a run is not guarded (exit 1); anything worse ends the measurement.
     """
     started = time.monotonic()
-    code = subprocess.run([Path(sys.executable).parent / "cbpt-guard", *arguments], check=False).returncode
+    process = subprocess.Popen([Path(sys.executable).parent / "cbpt-guard", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)  # of this child alone; RUSAGE_CHILDREN is the largest of all so far
     seconds = time.monotonic() - started
-    if code not in (0, 1):
-        raise SystemExit(f"{arguments[0]} ended with {code}")
-    return seconds
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"{arguments[0]} ended with {process.returncode}")
+    return Ran(seconds, usage.ru_utime + usage.ru_stime, round(usage.ru_maxrss / 1024))
+
+
+def timed(*arguments: str | Path) -> float:
+    """Seconds that a `cbpt-guard` command takes from its start to its end."""
+    return ran(*arguments).seconds

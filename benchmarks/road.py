@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import append, machine, parsers, timed
+from command import append, machine, parsers, ran, timed
 from pages import rewrite
 from timing import Watch
 
@@ -55,9 +54,8 @@ def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
     suspect = shared / "models" / model / MODELS[model]
     purify = ["purify", "--model", str(suspect), "--data", str(pictures["clean"]), "--out", str(folder / "purified")]
     watch = Watch()
-    seconds = timed(*purify, "--shots", str(SHOTS), "--seed", str(SEED), "--force")
+    took = ran(*purify, "--shots", str(SHOTS), "--seed", str(SEED), "--force")
     others = watch.others()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     out = ["--run", str(folder / "purified"), "--out", str(folder / "bundle"), "--force", "--allow-unguarded"]
     export_seconds = timed("export", "--onnx", *out)
     record = json.loads((folder / "purified" / "run.json").read_text(encoding="utf-8"))
@@ -69,10 +67,11 @@ def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
         "verdict": record["verdict"]["name"],
         "candidates": record["candidates"],
         **count(folder / "bundle", shared, counted(pictures[split], split)),
-        "purify_seconds": round(seconds, 1),
+        "purify_seconds": round(took.seconds, 1),
+        "cpu_seconds": round(took.cpu_seconds, 1),
         "others_cores": round(others, 2),
         "export_seconds": round(export_seconds, 1),
-        "peak_mb": round(peak),
+        "peak_mb": took.peak_mb,
         "stages": record["seconds"],
         "cbpt_guard": __version__,
         "versions": record["versions"],
@@ -141,7 +140,7 @@ def write_table() -> None:
     if not last:
         raise SystemExit(f"{LINES.name} holds no line of the test split")
     rewrite(README, {"measured": table(list(last.values()))})
-    rewrite(METHOD, {"stages": stages(list(last.values()))})
+    rewrite(METHOD, {"stages": stages(list(last.values()), [line["export_seconds"] for line in lines])})
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -158,27 +157,33 @@ def table(lines: list[dict[str, Any]]) -> str:
             judged = f"{score} | {line['verdict']}" if name == "guarded" else " | "
             rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {judged} |")
     first = lines[0]
-    cost = "; ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min, {line['peak_mb']} MB" for line in lines)
+    cost = ", ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min" for line in lines)
+    peak = max(line["peak_mb"] for line in lines)
     rows += [
         "",
         f"In %, on {first['images']} `{first['split']}` images of Tiny-ImageNet (200 classes), a MobileNetV2 CLIP,",
         f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
         f"toward {first['target']!r}; the clean model is the control. A class stands out from a score of",
-        f"{InversionSettings().stands_out:g} (docs/method.md). purify took: {cost} ({first['machine']}).",
+        f"{InversionSettings().stands_out:g} (docs/method.md). purify took: {cost},",
+        f"{peak} MB at most ({first['machine']}).",
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
     ]
     return "\n".join(rows)
 
 
-def stages(lines: list[dict[str, Any]]) -> str:
-    """Markdown, one row per stage: seconds of each model's purify."""
+def stages(lines: list[dict[str, Any]], exports: list[float]) -> str:
+    """Markdown, one row per stage: seconds of each model's purify; `exports` say how far machines differ."""
     rows = [["seconds", *(line["model"] for line in lines)], ["---"] * (len(lines) + 1)]
     rows += [[stage, *(f"{line['stages'][stage]:.0f}" for line in lines)] for stage in lines[0]["stages"]]
     rows.append(["start to end", *(f"{line['purify_seconds']:.0f}" for line in lines)])
     text = [f"| {' | '.join(row)} |" for row in rows]
-    others = max(line["others_cores"] for line in lines)
-    machine = f"{lines[0]['machine']}; other processes took {others:.1f} cores"
-    return "\n".join([*text, "", f"{machine}; from `benchmarks/road.jsonl`."])
+    others = ", ".join(f"{line['others_cores']:.1f}" for line in lines if "others_cores" in line) or "unknown"
+    text += [
+        "",
+        f"{lines[0]['machine']}; cores that other processes took: {others}. Machines of that kind differ: over",
+    ]
+    text.append(f"all lines of `benchmarks/road.jsonl` one export took {min(exports):.0f} to {max(exports):.0f} s.")
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
 from torch import Tensor
 
+from cbpt_guard.defense.classscan import scan_targets
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
-from cbpt_guard.defense.heats import scan_targets
 from cbpt_guard.defense.inversion import (
     Answering,
     CleanSet,
@@ -25,7 +28,7 @@ from cbpt_guard.defense.inversion import (
 )
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.pattern import Pattern
-from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.settings import InversionSettings, RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.waves import listen
@@ -244,12 +247,12 @@ def test_the_scans_leaders_get_a_second_heat(monkeypatch: pytest.MonkeyPatch) ->
     clip, settings, heats = PlantedClip(None), InversionSettings(finalists=2, scan_steps=3), []
 
     def heat(*arguments: Any) -> torch.Tensor:
-        classes, steps, each, _ = arguments[5:]
+        classes, steps, each = arguments[7:]
         heats.append((classes.tolist(), steps))
         assert each >= settings.batch // 2
         return torch.tensor([-5.0, -1.0, -4.0, -2.0, -6.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
 
-    monkeypatch.setattr("cbpt_guard.defense.heats._heat", heat)
+    monkeypatch.setattr("cbpt_guard.defense.classscan._heat", heat)
     scores = scan_targets(clip, clip.clean(), clip.head, settings, generator(0, "scan"), silent)
     assert heats == [([0, 1, 2, 3, 4, 5], 3), ([1, 3], 6)]
     assert scores.tolist() == pytest.approx([-5.0, -0.5, -4.0, -0.1, -6.0, -7.0])
@@ -284,38 +287,61 @@ def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, obj
     assert not triggered.allclose(features, atol=1e-3)
 
 
-def test_what_is_found_does_not_depend_on_the_threads() -> None:
+def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: parts run side by side on a thread each, and all that is drawn is drawn before."""
     clip, threads = frozen(RESNET), torch.get_num_threads()
-    size = clip.image_size
+    size, real, seen = clip.image_size, clip.encode_images, set[int]()
     images = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
     head = Head(F.normalize(torch.randn(6, 32, generator=generator(0, "rows")), dim=1), 20.0)
     brief = InversionSettings(
-        masked_steps=2, agnostic_steps=2, scan_steps=2, scan_budget=1, batch=20, finalists=2, wave_periods=1
-    )
+        masked_steps=2, additive_steps=2, agnostic_steps=2, scan_steps=2, scan_budget=1, batch=20, finalists=2
+    ).model_copy(update={"wave_periods": 1})
 
-    def found() -> list[Tensor]:
-        features = encode(clip, images)
-        clean = CleanSet(images, features, torch.arange(40) % 6)
-        masked = invert_toward(clip, clean, head, 1, "masked", brief, generator(0, "m"), ignore)
-        return [
-            features,
-            invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore).pattern,
-            scan_targets(clip, clean, head, brief, generator(0, "s"), silent),
-            listen(clip, clean, head, brief, generator(0, "w"), silent).packed(),
-            masked.pattern,
-        ]
+    def watched(pixels: Tensor) -> Tensor:
+        seen.add(threading.get_ident())
+        return real(pixels)
 
+    monkeypatch.setattr(clip, "encode_images", watched)
+    features = encode(clip, images)
+    clean = CleanSet(images, features, torch.arange(40) % 6)
+    inverted = {
+        family: partial(invert_toward, clip, clean, head, 1, family, brief) for family in ("masked", "patch", "warp")
+    }
+    works: dict[str, Callable[[], list[Tensor]]] = {
+        "features": lambda: [encode(clip, images)],
+        "agnostic": lambda: [invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore).pattern],
+        "scan": lambda: [scan_targets(clip, clean, head, brief, generator(0, "s"), silent)],
+        "waves": lambda: [listen(clip, clean, head, brief, generator(0, "w"), silent).packed()],
+        **{
+            family: lambda make=make: [t for t in vars(make(generator(0, "m"), ignore)).values() if torch.is_tensor(t)]  # type: ignore[misc]
+            for family, make in inverted.items()
+        },
+    }
     try:
-        torch.set_num_threads(1)
-        alone = found()
-        torch.set_num_threads(3)
-        beside = found()
+        for name, work in works.items():
+            torch.set_num_threads(1)
+            alone = work()
+            torch.set_num_threads(3)
+            seen.clear()
+            beside = work()
+            assert len(seen) > 1, f"{name} ran on one thread"
+            assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True)), name
+            assert all(one.std() > 0 for one in alone), name
     finally:
         torch.set_num_threads(threads)
-    for one, other in zip(alone, beside, strict=True):
-        assert one.std() > 0
-        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("stages", "look"), [(["scan of every class", "scan of its leaders"], scan_targets),
+                                              (["plain waves", "leading waves"], listen)])  # fmt: skip
+def test_each_heat_counts_to_its_end(stages: list[str], look: Callable[..., object]) -> None:
+    clip, steps = PlantedClip(None), list[Step]()
+    brief = InversionSettings(scan_steps=2, finalists=2, wave_periods=1)
+    look(clip, clip.clean(), clip.head, brief, generator(0, "look"), steps.append)
+    assert list(dict.fromkeys(step.stage for step in steps)) == stages
+    for stage in stages:
+        told = [(step.step, step.steps) for step in steps if step.stage == stage]
+        assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+    assert all(step.asr is not None and 0 <= step.asr <= 1 for step in steps)
 
 
 def test_rolling_wraps_around_and_keeps_the_area() -> None:

@@ -61,6 +61,18 @@ def test_every_name_that_purify_refuses_stands_on_the_page(commands: tuple[Modul
             assert name in page
 
 
+def test_the_roads_tables(commands: tuple[ModuleType, ModuleType]) -> None:
+    import road  # beside `commands`
+
+    measured = lines(road.LINES)
+    last = list({line["model"]: line for line in measured if line["split"] == "test"}.values())
+    assert [line["model"] for line in last] == list(road.MODELS)
+    assert between(road.README, "measured") == road.table(last)
+    assert between(road.METHOD, "stages") == road.stages(last, [line["export_seconds"] for line in measured])
+    unwatched = [{name: value for name, value in line.items() if name != "others_cores"} for line in last]
+    assert "cores that other processes took: unknown" in road.stages(unwatched, [1.0, 2.0])
+
+
 def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -> None:
     import ft_time  # beside `commands`
 

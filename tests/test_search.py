@@ -90,6 +90,19 @@ def test_an_interrupted_search_ends_at_the_same_findings(tmp_path: Path, found: 
         assert torch.equal(ours.pattern, theirs.pattern)
 
 
+def test_a_search_on_two_threads_finds_what_one_finds(tmp_path: Path, found: Findings) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        beside = search(tmp_path, PlantedClip(TARGET)).run()
+    finally:
+        torch.set_num_threads(threads)
+    assert threads == 1, "the fixture's search ran on one"
+    assert beside.candidates == found.candidates
+    for ours, theirs in zip(beside.bank, found.bank, strict=True):
+        assert torch.equal(ours.pattern, theirs.pattern)
+
+
 def test_progress_names_the_stages(found: Findings) -> None:
     stages = {step.stage for step in steps}
     assert {"agnostic trigger", "masked trigger toward class 2", "additive trigger toward class 2"} <= stages

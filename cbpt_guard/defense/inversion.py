@@ -93,11 +93,11 @@ def invert_agnostic(
         index = clean.draw(settings.agnostic_batch, generator)
         pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
         # in two passes: the loss compares all images of the batch, but their activations need not be in memory at once
-        features = torch.cat(_in_parts(_encoded, clip, pixels.detach())).requires_grad_()
+        features = encode_pixels(clip, pixels.detach()).requires_grad_()
         loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)
         (wanted,) = torch.autograd.grad(loss, features)
         optimiser.zero_grad()
-        pixels.backward(torch.cat(_in_parts(_led_back, clip, pixels.detach(), wanted)))
+        pixels.backward(_led_back(clip, pixels.detach(), wanted))
         optimiser.step()
         counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
@@ -136,7 +136,7 @@ def invert_toward(
         index = clean.draw(settings.batch, generator, without=target)
         trigger = _varied(pattern.value(target, _allowed(budget, step / steps)), shift, generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
-        pulled = _pull(clip, head, pixels, goal)
+        pulled = pull(clip, head, pixels, goal)
         loss = pulled.losses.mean()
         asr = 0.7 * asr + 0.3 * float((pulled.answers == target).float().mean())
         optimiser.zero_grad()
@@ -181,33 +181,41 @@ def _allowed(budget: float | None, progress: float) -> float | None:
     return None if budget is None else budget ** min(1.0, 2 * progress)
 
 
-def _in_parts(work: Callable[..., Result], clip: FrozenClip, *columns: Tensor) -> list[Result]:
-    """What `work` makes of a few rows of the columns at a time, side by side.
+def _in_parts(clip: FrozenClip, work: Callable[..., Result], *columns: Tensor) -> list[Result]:
+    """What `work` makes of a few rows of the columns (N, ...) at a time, side by side, in order.
 
     What is kept for the way back through the encoder is most of what inversion holds in memory.
     """
 
     def of_part(part: tuple[Tensor, ...], _: Progress) -> Result:
-        return work(clip, *part)
+        return work(*part)
 
     parts = zip(*(column.split(clip.batch) for column in columns), strict=True)
     return together([partial(of_part, part) for part in parts], silent, clip.device)
 
 
-@torch.no_grad()
-def _encoded(clip: FrozenClip, pixels: Tensor) -> Tensor:
-    return clip.encode_images(pixels.to(clip.device)).cpu()
+def encode_pixels(clip: FrozenClip, pixels: Tensor) -> Tensor:
+    """Unit features (N, E), on the CPU, of pixels (N, 3, S, S) in [0, 1], without a way back."""
+
+    @torch.no_grad()
+    def work(part: Tensor) -> Tensor:
+        return clip.encode_images(part.to(clip.device)).cpu()
+
+    return torch.cat(_in_parts(clip, work, pixels))
 
 
 def _led_back(clip: FrozenClip, pixels: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient (N, 3, S, S) in the pixels of what has the gradient (N, E) in their features."""
-    leaf = pixels.requires_grad_()
-    features = clip.encode_images(leaf.to(clip.device)).cpu()
-    (found,) = torch.autograd.grad(features, leaf, gradient)
-    return found
+    """The gradient (N, 3, S, S) in the pixels, given that in their features, (N, E)."""
+
+    def work(part: Tensor, wanted: Tensor) -> Tensor:
+        leaf = part.requires_grad_()
+        (found,) = torch.autograd.grad(clip.encode_images(leaf.to(clip.device)).cpu(), leaf, wanted)
+        return found
+
+    return torch.cat(_in_parts(clip, work, pixels, gradient))
 
 
-class _Pull(NamedTuple):
+class Pull(NamedTuple):
     """How far pixels (N, 3, S, S) are from their targets: losses (N,), answers (N,), the gradient in them."""
 
     losses: Tensor
@@ -215,18 +223,18 @@ class _Pull(NamedTuple):
     gradient: Tensor
 
 
-def _pull(clip: FrozenClip, head: Answering, pixels: Tensor, targets: Tensor) -> _Pull:
+def pull(clip: FrozenClip, head: Answering, pixels: Tensor, targets: Tensor) -> Pull:
     """What `head` misses of `targets` (N,), every image alone; the gradient is that of the sum of the losses."""
 
-    def of_part(_: FrozenClip, part: Tensor, wanted: Tensor) -> _Pull:
+    def work(part: Tensor, wanted: Tensor) -> Pull:
         leaf = part.requires_grad_()
         features = clip.encode_images(leaf.to(clip.device)).cpu()
         losses = head.missing(features, wanted)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        return _Pull(losses.detach(), head.answers(features.detach()), gradient)
+        return Pull(losses.detach(), head.answers(features.detach()), gradient)
 
-    parts = _in_parts(of_part, clip, pixels.detach(), targets)
-    return _Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    parts = _in_parts(clip, work, pixels.detach(), targets)
+    return Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _varied(trigger: FoundTrigger, shift: int, generator: torch.Generator) -> FoundTrigger:

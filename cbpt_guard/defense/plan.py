@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from cbpt_guard.defense.classscan import scan_images
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.heats import scan_images
 from cbpt_guard.defense.inversion import NARROW, PATIENCE, CleanSet, invert_agnostic
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator

@@ -10,11 +10,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from cbpt_guard.defense.classscan import scan_targets
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.heats import scan_targets
 from cbpt_guard.defense.inversion import (
     NARROW,
     Answering,

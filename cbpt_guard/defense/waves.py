@@ -93,8 +93,8 @@ def listen(
         trigger = FoundTrigger("wave", -1, wave(number, clip.image_size, settings), None)
         return head.reached(encode(clip, clean.images[index], trigger), clean.labels[index])
 
-    def heat(numbers: Sequence[int], index: Tensor) -> Tensor:
-        tally = Tally("plain waves", len(numbers))
+    def heat(stage: str, numbers: Sequence[int], index: Tensor) -> Tensor:
+        tally = Tally(stage, len(numbers))
 
         def heard(number: int, report: Progress) -> Tensor:
             shares = reached(number, index)
@@ -105,5 +105,5 @@ def listen(
 
     few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
     waves = count_waves(clip.image_size, settings)
-    numbers = heat(range(waves), few).amax(1).topk(min(settings.finalists, waves)).indices
-    return Heard(numbers, heat(numbers.tolist(), more))
+    numbers = heat("plain waves", range(waves), few).amax(1).topk(min(settings.finalists, waves)).indices
+    return Heard(numbers, heat("leading waves", numbers.tolist(), more))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet
+from cbpt_guard.defense.inversion import CleanSet, encode_pixels, pull
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.together import Tally, together
@@ -35,10 +35,11 @@ def scan_targets(
     """
     classes = head.rows.shape[0]
     each = scan_images(classes, settings)
-    scan = partial(_heat, clip, clean, head, settings, generator)
-    scores = scan(torch.arange(classes), settings.scan_steps, each, progress)
+    scan = partial(_heat, clip, clean, head, settings, generator, progress)
+    scores = scan("scan of every class", torch.arange(classes), settings.scan_steps, each)
     finalists = scores.topk(min(settings.finalists, classes)).indices
-    scores[finalists] = scan(finalists, 2 * settings.scan_steps, max(each, settings.batch // 2), progress)
+    more = max(each, settings.batch // 2)
+    scores[finalists] = scan("scan of its leaders", finalists, 2 * settings.scan_steps, more)
     return scores
 
 
@@ -54,28 +55,29 @@ def _heat(
     head: Head,
     settings: InversionSettings,
     generator: torch.Generator,
+    progress: Progress,
+    stage: str,
     classes: Tensor,
     steps: int,
     each: int,
-    progress: Progress,
 ) -> Tensor:
-    """Scores of `classes` after so many steps with `each` images, in their order."""
+    """Scores (K,) of `classes` (K,), in nats, after so many steps with `each` images of each class."""
     groups = classes.split(max(1, settings.batch // each))
-    tally = Tally("scan of every class", len(groups) * steps)
+    tally = Tally(stage, len(groups) * steps)
 
     def scores(group: Tensor, draws: list[Tensor], report: Progress) -> Tensor:
         targets = group.repeat_interleave(each)
         patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
         for index in draws[:-1]:
-            patterns.requires_grad_()
-            losses = _losses(clip, head, clean.images[index], patterns, targets)
-            (gradient,) = torch.autograd.grad(losses.mean(), patterns)
+            pixels = _under(patterns.requires_grad_(), clean.images[index])
+            pulled = pull(clip, head, pixels, targets)
+            (gradient,) = torch.autograd.grad(pixels, patterns, pulled.gradient)
             step = 2.5 * settings.epsilon / steps
             patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
-            reached = (-losses.detach()).view(-1, each).mean(1).max()
-            tally.add(1, report, float(-reached), float(reached.exp()))
-        with torch.no_grad():
-            return -_losses(clip, head, clean.images[draws[-1]], patterns, targets).view(-1, each).mean(1)
+            asr = (pulled.answers == targets).float().mean()
+            tally.add(1, report, float(pulled.losses.mean()), float(asr))
+        features = encode_pixels(clip, _under(patterns, clean.images[draws[-1]]))
+        return -head.missing(features, targets).view(-1, each).mean(1)
 
     def draws(group: Tensor) -> list[Tensor]:
         return [clean.draw(len(group) * each, generator) for _ in range(steps + 1)]
@@ -85,8 +87,7 @@ def _heat(
     return torch.cat(together(works, progress, clip.device))
 
 
-def _losses(clip: FrozenClip, head: Head, images: Tensor, patterns: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (N,) of uint8 images (N, S, S, 3) toward each one's own target, under that target's pattern."""
-    each = len(targets) // len(patterns)
-    pixels = (to_pixels(images) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
-    return head.missing(clip.encode_images(pixels.to(clip.device)).cpu(), targets)
+def _under(patterns: Tensor, images: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) of uint8 images (N, S, S, 3), every N / K in a row under one of the patterns (K, 3, S, S)."""
+    each = len(images) // len(patterns)
+    return (to_pixels(images) + patterns.repeat_interleave(each, dim=0)).clamp(0, 1)
