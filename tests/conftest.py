@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = pytest.StashKey[Figures]()
 
+os.environ.pop("COLUMNS", None)  # a worker of pytest-xdist has 80; tables are tested as they are off a terminal
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side would stall each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
