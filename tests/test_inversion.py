@@ -291,6 +291,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
     """Bit for bit: parts run side by side on a thread each, and all that is drawn is drawn before."""
     clip, threads = frozen(RESNET), torch.get_num_threads()
     size, real, seen = clip.image_size, clip.encode_images, set[int]()
+    draw, drawers = CleanSet.draw, set[int]()
     images = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
     head = Head(F.normalize(torch.randn(6, 32, generator=generator(0, "rows")), dim=1), 20.0)
     brief = InversionSettings(
@@ -301,7 +302,12 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
         seen.add(threading.get_ident())
         return real(pixels)
 
+    def drawn(*given: Any, **how: Any) -> Tensor:
+        drawers.add(threading.get_ident())
+        return draw(*given, **how)
+
     monkeypatch.setattr(clip, "encode_images", watched)
+    monkeypatch.setattr(CleanSet, "draw", drawn)
     features = encode(clip, images)
     clean = CleanSet(images, features, torch.arange(40) % 6)
     inverted = {
@@ -329,6 +335,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
             assert all(one.std() > 0 for one in alone), name
     finally:
         torch.set_num_threads(threads)
+    assert drawers == {threading.get_ident()}, "what is drawn must not depend on who is first"
 
 
 @pytest.mark.parametrize(("stages", "look"), [(["scan of every class", "scan of its leaders"], scan_targets),
