@@ -35,7 +35,7 @@ _LENGTHS: Final = {
 
 
 @dataclass
-class Findings:
+class Requests:
     """What the pickles of a file ask for: dotted globals, and opcodes that only code-running pickles need.
 
     `broken` tells that a stream ended early or is none; `problem` what else is wrong with the file.
@@ -54,7 +54,7 @@ class _BrokenError(Exception):
 Value = str | None  # a text, or anything else
 
 
-def list_requests(stream: BinaryIO, found: Findings) -> bool:
+def list_requests(stream: BinaryIO, found: Requests) -> bool:
     """Add what one pickle asks for; whether it went on to its STOP, where the stream is left."""
     try:
         _Walk(stream, found).run()
@@ -70,7 +70,7 @@ class _Walk:
     `_doubtful` holds names that text asks for which may be no pickle at all: a call or a proper end vouches.
     """
 
-    def __init__(self, stream: BinaryIO, found: Findings) -> None:
+    def __init__(self, stream: BinaryIO, found: Requests) -> None:
         self._stream, self._found = stream, found
         self._stack: list[Value] = []
         self._below: list[list[Value]] = []

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from cbpt_guard.defense import archives
-from cbpt_guard.defense.opcodes import Findings, list_requests
+from cbpt_guard.defense.opcodes import Requests, list_requests
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
@@ -84,13 +84,13 @@ class _Bystander:
     def __setstate__(self, state: object) -> None: ...
 
 
-def scan(path: Path) -> Findings:
+def scan(path: Path) -> Requests:
     """List what the pickles in a file ask for, loading none; a stream is listed as far as it goes.
 
     Raises:
         UnsafeError: it is a tar archive of torch's first format, which has no safe reader.
     """
-    found = Findings()
+    found = Requests()
     with path.open("rb") as file:
         if archives.is_zip(file):
             found.problem = archives.problem_of(file)
@@ -101,7 +101,7 @@ def scan(path: Path) -> Findings:
             if not list_requests(file, found):
                 break  # what follows a broken stream is no pickle
         if zipfile.is_zipfile(file):  # with something before it: torch goes by the head, others by the tail
-            tail = Findings()
+            tail = Requests()
             for stream in archives.zip_pickles(file):
                 list_requests(stream, tail)
             found.globals |= tail.globals
@@ -114,7 +114,7 @@ def scan(path: Path) -> Findings:
     return found
 
 
-def refuse_code(found: Findings, also: frozenset[str] = frozenset()) -> None:
+def refuse_code(found: Requests, also: frozenset[str] = frozenset()) -> None:
     """Raise when a pickle asks for more than plain tensors.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense import archives
-from cbpt_guard.defense.opcodes import Findings
+from cbpt_guard.defense.opcodes import Requests
 from cbpt_guard.defense.pickles import excerpt
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
@@ -65,7 +65,7 @@ def is_archive(path: Path) -> bool:
             return False
 
 
-def script_globals(found: Findings) -> frozenset[str]:
+def script_globals(found: Requests) -> frozenset[str]:
     """Those globals of a scan that a TorchScript archive may ask for: its own modules and typed lists."""
     own = {name for name in found.globals if name.startswith("__torch__.")}
     return frozenset(own | {f"torch.jit._pickle.{name}" for name in (*_LISTS, "restore_type_tag")})
