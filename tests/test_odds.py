@@ -42,6 +42,8 @@ def test_odds_stay_finite_where_every_image_of_the_probe_is_reached() -> None:
 
 def test_ties_keep_the_order_of_the_classes() -> None:
     assert ranked(torch.tensor([0.1, 0.3, 0.1, 0.3])) == [1, 3, 0, 2]
+    many = torch.arange(2000) % 3  # few values keep their order by chance
+    assert ranked(many) == sorted(range(2000), key=lambda c: -int(many[c]))
 
 
 def test_one_class_grew_most_and_others_count_where_they_grew_clearly() -> None:

@@ -40,6 +40,7 @@ def anchored_rows(original: Head, data: FeatureSet, settings: AnchorSettings) ->
     )
 
     def loss() -> Tensor:
+        """The mean of what is minimised, (), with its gradient left in `moved`: part by part, so that few are held."""
         optimiser.zero_grad()
         value = (moved**2).sum() / (2 * settings.strength * count)
         value.backward()

@@ -66,6 +66,7 @@ def _heat(
     tally = Tally(stage, len(groups) * steps)
 
     def scores(group: Tensor, draws: list[Tensor], report: Progress) -> Tensor:
+        """Of one group (G,), each step on the images of one draw (G * each,); the last draw tells the scores (G,)."""
         targets = group.repeat_interleave(each)
         patterns = torch.zeros(len(group), 3, clip.image_size, clip.image_size)
         for index in draws[:-1]:

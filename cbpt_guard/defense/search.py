@@ -106,6 +106,7 @@ class Search:
         scores = {c: max(float(odds[c]), typical / areas[c]) for c in tried}
 
         def candidate(c: int) -> Candidate:
+            """What was measured of class `c`, and whether that makes it stand out."""
             return Candidate(
                 label=self.classes[c],
                 index=c,

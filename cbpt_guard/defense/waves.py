@@ -94,6 +94,7 @@ def listen(
         return head.reached(encode(clip, clean.images[index], trigger), clean.labels[index])
 
     def heat(stage: str, numbers: Sequence[int], index: Tensor) -> Tensor:
+        """How much each of the waves (W) reaches each class on the images `index`, (W, C)."""
         tally = Tally(stage, len(numbers))
 
         def heard(number: int, report: Progress) -> Tensor:
