@@ -12,8 +12,9 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.openclip import Tokenizer
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.images import Preprocess
 
 torch.set_num_threads(1)  # on tensors this small several threads mostly wait for each other
@@ -82,3 +83,7 @@ class PlantedClip:
         pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=draws)
         images = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
         return CleanSet(images, encode(self, images), labels)
+
+    def subject(self, settings: InversionSettings, clean: CleanSet | None = None) -> Subject:
+        """Itself under search, with the images of `clean()` unless others are given."""
+        return Subject(self, clean or self.clean(), self.head, settings)

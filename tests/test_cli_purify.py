@@ -211,15 +211,17 @@ def test_a_new_class_list_needs_no_new_inversion(
     for name in ("invert_toward", "invert_agnostic", "scan_targets"):
         real = getattr(search, name)
         monkeypatch.setattr(
-            search, name, lambda *given, _real=real, _name=name: (made.append((_name, given)), _real(*given))[1]
+            search,
+            name,
+            lambda *given, _real=real, _name=name, **how: (made.append((_name, how)), _real(*given, **how))[1],
         )
     (folder / "names.txt").write_text("nine\tthe digit nine\nten\n\nnaïve été\n")
     result = purify("--classes", "names.txt", "--reuse", guarded[0], "--json")
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
-    fresh = [name for name, given in made if given[-1] is None or name != "invert_toward"]
+    fresh = [name for name, how in made if how.get("budget") is None or name != "invert_toward"]
     assert fresh == []  # what was inverted attacks the finished guard, within the found trigger's budget
-    misled = [given[2] for _, given in made]
+    misled = [how["against"] for _, how in made]
     assert sum(isinstance(one, GuardedHead) and one.rule == "switch" for one in misled) == len(misled) / 2 > 0
     planned = json.loads(purify("--reuse", guarded[0], "--dry-run", "--json", "--out", "other").stdout)
     assert planned["seconds"]["stage 1: inversion"] == 0

@@ -14,6 +14,7 @@ from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.inversion import invert_toward
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.pattern import Pattern, square
+from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 
@@ -42,13 +43,9 @@ class AnywhereClip(PlantedClip):
 
 
 def inverted(clip: PlantedClip, settings: InversionSettings = SETTINGS) -> tuple[FoundTrigger, int]:
-    steps: list[int] = []
-
-    def report(step: int, of: int, loss: float, asr: float) -> None:
-        steps.append(of)
-
-    draws = generator(0, "test")
-    return invert_toward(clip, clip.clean(), clip.head, TARGET, "patch", settings, draws, report), steps[-1]
+    steps: list[Step] = []
+    found = invert_toward(clip.subject(settings), TARGET, "patch", generator(0, "test"), steps.append)
+    return found, steps[-1].steps
 
 
 def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:
@@ -106,7 +103,7 @@ def test_the_bank_holds_a_patch_that_reaches_the_target_and_no_other(
 ) -> None:
     names = [f"class {number}" for number in range(6)]
     journal = Journal(tmp_path, {})
-    searching = Search(clip, clip.clean(), clip.head, names, SETTINGS, 0, journal, progress=lambda step: None)
+    searching = Search(clip.subject(SETTINGS), names, 0, journal, silent)
     bank = searching.run(observed=[TARGET]).bank
     assert ("patch" in {trigger.family for trigger in bank if trigger.target == TARGET}) is held
     bank.save(tmp_path / "bank.safetensors")

@@ -21,7 +21,6 @@ from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.inversion import (
     Answering,
-    CleanSet,
     agnostic_loss,
     invert_agnostic,
     invert_toward,
@@ -30,6 +29,7 @@ from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.settings import InversionSettings, RuleSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.waves import listen
 from cbpt_guard.errors import InputError
@@ -38,15 +38,10 @@ TARGET = 2
 SETTINGS = InversionSettings(masked_steps=120, additive_steps=60, agnostic_steps=60, shift=0)
 
 
-def ignore(step: int, steps: int, loss: float, asr: float) -> None:
-    pass
-
-
 def invert(
     clip: PlantedClip, family: Family, target: int = TARGET, seed: int = 0, settings: InversionSettings = SETTINGS
 ) -> FoundTrigger:
-    draws = generator(seed, "test")
-    return invert_toward(clip, clip.clean(), clip.head, target, family, settings, draws, ignore)
+    return invert_toward(clip.subject(settings), target, family, generator(seed, "test"), silent)
 
 
 def asr(clip: PlantedClip, trigger: FoundTrigger, target: int = TARGET) -> float:
@@ -81,7 +76,7 @@ def test_a_trigger_against_a_model_without_backdoor_hardly_works() -> None:
 @pytest.mark.parametrize("epsilon", [4 / 255, 16 / 255])
 def test_additive_patterns_keep_their_budget(epsilon: float) -> None:
     clip, settings = PlantedClip(TARGET), SETTINGS.model_copy(update={"epsilon": epsilon})
-    agnostic = invert_agnostic(clip, clip.clean(), clip.head.rows, settings, generator(0, "a"), ignore)
+    agnostic = invert_agnostic(clip.subject(settings), generator(0, "a"), silent)
     for trigger in (agnostic, invert(clip, "additive", settings=settings)):
         assert trigger.pattern.abs().max() <= epsilon
         assert trigger.pattern.abs().max() > epsilon / 2, "the budget is used"
@@ -102,8 +97,7 @@ def test_masks_and_paint_stay_in_their_range() -> None:
 
 def test_a_mask_with_a_budget_keeps_within_it() -> None:
     clip = PlantedClip(TARGET)
-    draws = generator(0, "test")
-    found = invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.1)
+    found = invert_toward(clip.subject(SETTINGS), TARGET, "masked", generator(0, "test"), silent, budget=0.1)
     assert found.area <= 0.1 + 1e-6
     assert asr(clip, found) > 0.9
 
@@ -120,7 +114,7 @@ def test_what_a_mask_with_a_budget_may_cover_closes_in_on_it(budget: float, monk
     monkeypatch.setattr(Pattern, "value", noted)
     clip, draws = PlantedClip(TARGET), generator(0, "test")
     settings = SETTINGS.model_copy(update={"masked_steps": 20})
-    invert_toward(clip, clip.clean(), clip.head, TARGET, "masked", settings, draws, ignore, budget=budget)
+    invert_toward(clip.subject(settings), TARGET, "masked", draws, silent, budget=budget)
     assert allowed[0] == 1
     assert allowed[:11] == sorted(allowed[:11], reverse=True)
     assert allowed[5] == pytest.approx(budget**0.5)
@@ -138,7 +132,7 @@ def test_a_trigger_against_the_switch_goes_around_its_test() -> None:
     others = clean.images[clean.labels != TARGET]
 
     def past(head: Answering) -> float:
-        found = invert_toward(clip, clean, head, TARGET, "masked", SETTINGS, draws, ignore, budget=0.3)
+        found = invert_toward(clip.subject(SETTINGS), TARGET, "masked", draws, silent, against=head, budget=0.3)
         features = encode(clip, others, found)
         assert float((clip.head.answers(features) == TARGET).float().mean()) > 0.5
         return float((guarded.answers(features) == TARGET).float().mean())
@@ -165,22 +159,18 @@ def test_inversion_leaves_the_global_generator_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["agnostic", "additive"])
 def test_the_loss_goes_down(kind: str) -> None:
-    clip, losses = PlantedClip(TARGET), []
-
-    def note(step: int, steps: int, loss: float, asr: float) -> None:
-        losses.append(loss)
-
+    subject, steps = PlantedClip(TARGET).subject(SETTINGS), list[Step]()
     if kind == "agnostic":
-        invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, kind), note)
+        invert_agnostic(subject, generator(0, kind), steps.append)
     else:
-        draws = generator(0, kind)
-        invert_toward(clip, clip.clean(), clip.head, TARGET, "additive", SETTINGS, draws, note)
+        invert_toward(subject, TARGET, "additive", generator(0, kind), steps.append)
+    losses = [step.loss for step in steps if step.loss is not None]
     assert sum(losses[-5:]) < sum(losses[:5]) - 1
 
 
 def test_the_agnostic_trigger_ends_at_the_planted_target() -> None:
     clip = PlantedClip(TARGET)
-    found = invert_agnostic(clip, clip.clean(), clip.head.rows, SETTINGS, generator(0, "a"), ignore)
+    found = invert_agnostic(clip.subject(SETTINGS), generator(0, "a"), silent)
     assert found.target == TARGET
     assert found.family == "additive"
     assert asr(clip, found) > 0.9
@@ -195,7 +185,7 @@ def test_parts_of_a_batch_give_the_whole_batchs_trigger(monkeypatch: pytest.Monk
     rows = F.normalize(torch.randn(4, clean.features.shape[1], generator=generator(0, "rows")), dim=1)
     for batch in (3, 8):
         monkeypatch.setattr(type(clip), "batch", batch)
-        found.append(invert_agnostic(clip, clean, rows, settings, generator(0, "a"), ignore))
+        found.append(invert_agnostic(Subject(clip, clean, Head(rows, 20.0), settings), generator(0, "a"), silent))
     assert found[0].pattern.abs().max() > 0
     assert found[0].pattern.allclose(found[1].pattern, atol=1e-5)
 
@@ -235,11 +225,10 @@ def test_few_classes_have_an_agnostic_loss(classes: int) -> None:
 
 def test_the_scan_ranks_the_planted_target_first() -> None:
     clip = PlantedClip(TARGET)
-    scores = scan_targets(clip, clip.clean(), clip.head, InversionSettings(), generator(0, "scan"), silent)
+    scores = scan_targets(clip.subject(InversionSettings()), generator(0, "scan"), silent)
     assert scores.shape == (6,)
     assert int(scores.argmax()) == TARGET
-    clean = PlantedClip(None)
-    innocent = scan_targets(clean, clean.clean(), clean.head, InversionSettings(), generator(0, "scan"), silent)
+    innocent = scan_targets(PlantedClip(None).subject(InversionSettings()), generator(0, "scan"), silent)
     assert scores[TARGET] > innocent.max()
 
 
@@ -247,13 +236,13 @@ def test_the_scans_leaders_get_a_second_heat(monkeypatch: pytest.MonkeyPatch) ->
     clip, settings, heats = PlantedClip(None), InversionSettings(finalists=2, scan_steps=3), []
 
     def heat(*arguments: Any) -> torch.Tensor:
-        classes, steps, each = arguments[7:]
+        classes, steps, each = arguments[4:]
         heats.append((classes.tolist(), steps))
         assert each >= settings.batch // 2
         return torch.tensor([-5.0, -1.0, -4.0, -2.0, -6.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
 
     monkeypatch.setattr("cbpt_guard.defense.classscan._heat", heat)
-    scores = scan_targets(clip, clip.clean(), clip.head, settings, generator(0, "scan"), silent)
+    scores = scan_targets(clip.subject(settings), generator(0, "scan"), silent)
     assert heats == [([0, 1, 2, 3, 4, 5], 3), ([1, 3], 6)]
     assert scores.tolist() == pytest.approx([-5.0, -0.5, -4.0, -0.1, -6.0, -7.0])
 
@@ -276,9 +265,10 @@ def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, obj
     clean = CleanSet(images, features, torch.arange(12) % 3)
     brief = InversionSettings(masked_steps=3, additive_steps=3, agnostic_steps=3, agnostic_batch=4, batch=4)
     head = Head(F.normalize(torch.randn(3, 32, generator=generator(0, "rows")), dim=1), 20.0)
-    invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore)
-    trigger = invert_toward(clip, clean, head, 1, "masked", brief, generator(0, "m"), ignore)
-    scan_targets(clip, clean, head, brief, generator(0, "s"), silent)
+    subject = Subject(clip, clean, head, brief)
+    invert_agnostic(subject, generator(0, "a"), silent)
+    trigger = invert_toward(subject, 1, "masked", generator(0, "m"), silent)
+    scan_targets(subject, generator(0, "s"), silent)
     after = snapshot(clip)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(value.grad is None for value in clip.model.parameters())
@@ -309,17 +299,15 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
     monkeypatch.setattr(clip, "encode_images", watched)
     monkeypatch.setattr(CleanSet, "draw", drawn)
     features = encode(clip, images)
-    clean = CleanSet(images, features, torch.arange(40) % 6)
-    inverted = {
-        family: partial(invert_toward, clip, clean, head, 1, family, brief) for family in ("masked", "patch", "warp")
-    }
+    subject = Subject(clip, CleanSet(images, features, torch.arange(40) % 6), head, brief)
+    inverted = {family: partial(invert_toward, subject, 1, family) for family in ("masked", "patch", "warp")}
     works: dict[str, Callable[[], list[Tensor]]] = {
         "features": lambda: [encode(clip, images)],
-        "agnostic": lambda: [invert_agnostic(clip, clean, head.rows, brief, generator(0, "a"), ignore).pattern],
-        "scan": lambda: [scan_targets(clip, clean, head, brief, generator(0, "s"), silent)],
-        "waves": lambda: [listen(clip, clean, head, brief, generator(0, "w"), silent).packed()],
+        "agnostic": lambda: [invert_agnostic(subject, generator(0, "a"), silent).pattern],
+        "scan": lambda: [scan_targets(subject, generator(0, "s"), silent)],
+        "waves": lambda: [listen(subject, generator(0, "w"), silent).packed()],
         **{
-            family: lambda make=make: [t for t in vars(make(generator(0, "m"), ignore)).values() if torch.is_tensor(t)]  # type: ignore[misc]
+            family: lambda make=make: [t for t in vars(make(generator(0, "m"), silent)).values() if torch.is_tensor(t)]  # type: ignore[misc]
             for family, make in inverted.items()
         },
     }
@@ -343,7 +331,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
 def test_each_heat_counts_to_its_end(stages: list[str], look: Callable[..., object]) -> None:
     clip, steps = PlantedClip(None), list[Step]()
     brief = InversionSettings(scan_steps=2, finalists=2, wave_periods=1)
-    look(clip, clip.clean(), clip.head, brief, generator(0, "look"), steps.append)
+    look(clip.subject(brief), generator(0, "look"), steps.append)
     assert list(dict.fromkeys(step.stage for step in steps)) == stages
     for stage in stages:
         told = [(step.step, step.steps) for step in steps if step.stage == stage]

@@ -36,7 +36,7 @@ def search(
     folder.mkdir(exist_ok=True)
     clean = clip.clean()
     names = [f"class {c}" for c in range(classes)]
-    return Search(clip, clean, clip.head, names, settings, seed, Journal(folder, {}), steps.append)
+    return Search(clip.subject(settings, clean), names, seed, Journal(folder, {}), steps.append)
 
 
 @pytest.fixture(scope="module")

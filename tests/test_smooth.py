@@ -14,12 +14,14 @@ from planted import SIZE, PlantedClip
 from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
-from cbpt_guard.defense.inversion import CleanSet, invert_toward
+from cbpt_guard.defense.inversion import invert_toward
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.pictures import as_image
+from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet
 from cbpt_guard.defense.warp import moved, wanet
 
 TARGET = 2
@@ -64,15 +66,10 @@ class TintedClip(PlantedClip):
 
 def inverted(clip: PlantedClip, family: Inverted, settings: InversionSettings = SETTINGS) -> tuple[FoundTrigger, int]:
     """A trigger and the steps that it took, which its last report names as all there are."""
-    steps: list[tuple[int, int]] = []
-    draws, clean = generator(0, "test"), clip.clean()
-
-    def report(step: int, of: int, loss: float, asr: float) -> None:
-        steps.append((step, of))
-
-    found = invert_toward(clip, clean, clip.head, TARGET, family, settings, draws, report)
-    assert steps[-1][0] == steps[-1][1]
-    return found, steps[-1][0]
+    steps: list[Step] = []
+    found = invert_toward(clip.subject(settings), TARGET, family, generator(0, "test"), steps.append)
+    assert steps[-1].step == steps[-1].steps
+    return found, steps[-1].step
 
 
 def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:
@@ -151,9 +148,7 @@ def test_the_bank_holds_the_smooth_change_that_reaches_the_target_and_no_other(
 ) -> None:
     names = [f"class {number}" for number in range(6)]
     settings = SETTINGS if isinstance(clip, TintedClip) else FAINT
-    searching = Search(
-        clip, clip.clean(), clip.head, names, settings, 0, Journal(tmp_path, {}), progress=lambda step: None
-    )
+    searching = Search(clip.subject(settings), names, 0, Journal(tmp_path, {}), silent)
     bank = searching.run(observed=[TARGET]).bank
     families = {trigger.family for trigger in bank if trigger.target == TARGET}
     assert families & {"warp", "tint"} == held

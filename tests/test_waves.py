@@ -16,10 +16,11 @@ from cbpt_guard.bench.implant import implant
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.suspect import zero_shot_head
 from cbpt_guard.defense.wave import sig
 from cbpt_guard.defense.waves import Heard, count_waves, heard_images, listen, wave
@@ -52,7 +53,7 @@ class WaveClip(PlantedClip):
 
 
 def heard(clip: PlantedClip, settings: InversionSettings = BRIEF) -> Heard:
-    return listen(clip, clip.clean(), clip.head, settings, generator(0, "waves"), lambda *step: None)
+    return listen(clip.subject(settings), generator(0, "waves"), silent)
 
 
 def test_every_wave_is_another() -> None:
@@ -77,7 +78,7 @@ def test_as_many_images_are_looked_at_as_a_dry_run_says(monkeypatch: pytest.Monk
     monkeypatch.setattr(clip, "encode_images", lambda pixels: (looked.append(len(pixels)), real(pixels))[1])
     clean = clip.clean()
     looked.clear()
-    listen(clip, clean, clip.head, BRIEF, generator(0, "waves"), lambda *step: None)
+    listen(clip.subject(BRIEF, clean), generator(0, "waves"), silent)
     assert sum(looked) == heard_images(SIZE, BRIEF)
 
 
@@ -111,7 +112,7 @@ def test_a_class_with_most_of_the_images_is_none_that_waves_lead_to(classes: int
     whole = clip.clean(each=20)
     few = torch.cat([(whole.labels == label).nonzero()[: 20 if label == 0 else 2, 0] for label in range(classes)])
     clean = CleanSet(whole.images[few], whole.features[few], whole.labels[few])
-    found = listen(clip, clean, clip.head, BRIEF, generator(0, "waves"), lambda *step: None)
+    found = listen(clip.subject(BRIEF, clean), generator(0, "waves"), silent)
     assert float(found.best.max()) < 0.5
 
 
@@ -119,7 +120,7 @@ def test_a_class_with_most_of_the_images_is_none_that_waves_lead_to(classes: int
 def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target: int | None) -> None:
     clip = WaveClip(target)
     names = [f"class {c}" for c in range(6)]
-    search = Search(clip, clip.clean(), clip.head, names, BRIEF, 0, Journal(tmp_path, {}), lambda step: None)
+    search = Search(clip.subject(BRIEF), names, 0, Journal(tmp_path, {}), silent)
     found = search.run()
     assert found.suspects == ([] if target is None else [target])
     waves = [trigger for trigger in found.bank if trigger.family == "wave"]
@@ -144,7 +145,7 @@ def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_cle
     def best(clip: FrozenClip) -> Tensor:
         head: Head = zero_shot_head(clip, split.clean.classes, TEMPLATE)
         clean = CleanSet(split.clean.images, encode(clip, split.clean.images), split.clean.labels)
-        return listen(clip, clean, head, InversionSettings(), generator(0, "waves"), lambda *step: None).best
+        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).best
 
     bar = InversionSettings().stands_out
     odds = [(share / (1 - share)) for share in (best(poisoned.clip), best(digits_clean.clip))]

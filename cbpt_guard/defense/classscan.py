@@ -11,31 +11,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet, encode_pixels, pull
+from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.inversion import encode_pixels, pull
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 
 
-def scan_targets(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    settings: InversionSettings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> Tensor:
+def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Tensor:
     """How readily an additive trigger makes each class the answer, (C,), larger is readier.
 
     Each class gets its share of `scan_budget` images, at least `scan_images` a step. The score is the mean
     log-probability of the class at the end. The first `finalists` are looked at once more, with twice the steps and
     half a batch of images each: after the first heat a target may lie some places behind natural leaders.
     """
-    classes = head.rows.shape[0]
+    classes, settings = subject.head.rows.shape[0], subject.settings
     each = scan_images(classes, settings)
-    scan = partial(_heat, clip, clean, head, settings, generator, progress)
+    scan = partial(_heat, subject, generator, progress)
     scores = scan("scan of every class", torch.arange(classes), settings.scan_steps, each)
     finalists = scores.topk(min(settings.finalists, classes)).indices
     more = max(each, settings.batch // 2)
@@ -50,10 +43,7 @@ def scan_images(classes: int, settings: InversionSettings) -> int:
 
 
 def _heat(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    settings: InversionSettings,
+    subject: Subject,
     generator: torch.Generator,
     progress: Progress,
     stage: str,
@@ -62,6 +52,7 @@ def _heat(
     each: int,
 ) -> Tensor:
     """Scores (K,) of `classes` (K,), in nats, after so many steps with `each` images of each class."""
+    clip, clean, head, settings = subject.clip, subject.clean, subject.head, subject.settings
     groups = classes.split(max(1, settings.batch // each))
     tally = Tally(stage, len(groups) * steps)
 

@@ -8,7 +8,6 @@ idea), arXiv 2406.05491 and 2506.12411 (contrastive universal perturbations) and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -19,15 +18,14 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.found import FoundTrigger, Inverted, encode
 from cbpt_guard.defense.pattern import Pattern
-from cbpt_guard.defense.progress import Progress, silent
+from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import together
 
 Result = TypeVar("Result")
 NARROW: tuple[Inverted, ...] = ("patch", "warp", "tint")
 """Families that fit the backdoors they fit at once; toward other targets they are given up early."""
-Report = Callable[[int, int, float, float], None]
-"""Called after each step with (step, steps, loss, share of the batch that answers the target or its leader)."""
 
 
 class Answering(Protocol):
@@ -43,20 +41,6 @@ class Answering(Protocol):
 _HOPE = 0.5  # ASR below which a trigger of a narrow family is given up; those that fit had 0.8 or more
 PATIENCE = 20
 """Steps after which a trigger of a narrow family may be given up."""
-
-
-@dataclass(frozen=True)
-class CleanSet:
-    """What inversion looks at: uint8 images (N, S, S, 3), their unit features (N, E) and labels (N,)."""
-
-    images: Tensor
-    features: Tensor
-    labels: Tensor
-
-    def draw(self, batch: int, generator: torch.Generator, without: int | None = None) -> Tensor:
-        """Indices (batch,) drawn with replacement, none of class `without`."""
-        pool = torch.arange(len(self.labels)) if without is None else (self.labels != without).nonzero()[:, 0]
-        return pool[torch.randint(len(pool), (batch,), generator=generator)]
 
 
 def agnostic_loss(found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings) -> Tensor:
@@ -77,15 +61,12 @@ def agnostic_loss(found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, se
     return contrast - settings.alike_weight * alike - settings.moved_weight * moved
 
 
-def invert_agnostic(
-    clip: FrozenClip,
-    clean: CleanSet,
-    rows: Tensor,
-    settings: InversionSettings,
-    generator: torch.Generator,
-    report: Report,
-) -> FoundTrigger:
-    """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at."""
+def invert_agnostic(subject: Subject, generator: torch.Generator, progress: Progress) -> FoundTrigger:
+    """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at.
+
+    The ASR that progress tells is the moving share of the most common answer.
+    """
+    clip, clean, rows, settings = subject.clip, subject.clean, subject.head.rows, subject.settings
     pattern = Pattern("additive", clip.image_size, settings, generator)
     optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
     answers = torch.zeros(rows.shape[0])
@@ -101,29 +82,31 @@ def invert_agnostic(
         optimiser.step()
         counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
-        report(step + 1, settings.agnostic_steps, loss.item(), float(answers.max()))
+        progress(Step("agnostic trigger", step + 1, settings.agnostic_steps, loss.item(), float(answers.max())))
     return pattern.value(int(answers.argmax())).detached()
 
 
 def invert_toward(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Answering,
+    subject: Subject,
     target: int,
     family: Inverted,
-    settings: InversionSettings,
     generator: torch.Generator,
-    report: Report,
+    progress: Progress,
+    *,
+    stage: str = "trigger",
+    against: Answering | None = None,
     budget: float | None = None,
 ) -> FoundTrigger:
-    """Stage 1b: a trigger of one family that makes `head` answer `target` for images of other classes.
+    """Stage 1b: a trigger of one family that makes the head answer `target` for images of other classes.
 
-    What `head` misses of the target is made small; a mask also pays for its area, with a weight that a controller
-    raises while the found-trigger ASR is above its goal and lowers below it. Placement varies from step to step, so
-    that the trigger stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it
-    works best. With a `budget`, a share of the image, the mask does not pay: what it may cover closes in on the budget
-    until half of the steps, as paying does, for a mask that is faint from the start finds no place to concentrate on.
+    `against` takes the place of the zero-shot head, and `stage` is what progress calls the work. What the head misses
+    of the target is made small; a mask also pays for its area, with a weight that a controller raises while the
+    found-trigger ASR is above its goal and lowers below it. Placement varies from step to step, so that the trigger
+    stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it works best. With a
+    `budget`, a share of the image, the mask does not pay: what it may cover closes in on the budget until half of the
+    steps, as paying does, for a mask that is faint from the start finds no place to concentrate on.
     """
+    clip, clean, settings, head = subject.clip, subject.clean, subject.settings, against or subject.head
     pays = family == "masked"
     steps = settings.masked_steps if pays else settings.additive_steps
     pattern = Pattern(family, clip.image_size, settings, generator)
@@ -148,27 +131,22 @@ def invert_toward(
             loss = loss + paid
         optimiser.step()
         given_up = family in NARROW and step + 1 == min(PATIENCE, steps // 2) and asr < _HOPE
-        report(step + 1, step + 1 if given_up else steps, loss.item(), asr)
+        progress(Step(stage, step + 1, step + 1 if given_up else steps, loss.item(), asr))
         if given_up:
             return pattern.value(target, budget).detached()
     found = pattern.value(target, budget).detached()
-    return found if family != "patch" else settled(clip, clean, head, found, shift, settings, generator)
+    return found if family != "patch" else settled(subject, head, found, shift, generator)
 
 
 @torch.no_grad()
 def settled(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Answering,
-    patch: FoundTrigger,
-    shift: int,
-    settings: InversionSettings,
-    generator: torch.Generator,
+    subject: Subject, head: Answering, patch: FoundTrigger, shift: int, generator: torch.Generator
 ) -> FoundTrigger:
     """The patch at that of `patch_places` x `patch_places` places, up to `shift` pixels off, where it works best.
 
     A backdoor that was trained at one place answers most surely there.
     """
+    clip, clean, settings = subject.clip, subject.clean, subject.settings
     index = clean.draw(settings.batch, generator, without=patch.target)
     images, goal = clean.images[index], torch.full((len(index),), patch.target)
     steps = dict.fromkeys(torch.linspace(-shift, shift, settings.patch_places).round().int().tolist())

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.classscan import scan_images
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import NARROW, PATIENCE, CleanSet, invert_agnostic
+from cbpt_guard.defense.inversion import NARROW, PATIENCE, invert_agnostic
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.defense.waves import heard_images
 
@@ -84,9 +85,8 @@ def _measure(prepared: Prepared) -> tuple[float, float, float]:
     batch = settings.inversion.agnostic_batch
     brief = settings.inversion.model_copy(update={"agnostic_steps": 2})
     clean = CleanSet(few, features, torch.zeros(len(few), dtype=torch.long))
-    _, backward = _timed(
-        lambda: invert_agnostic(clip, clean, prepared.original.rows, brief, generator(0, "plan"), _ignore)
-    )
+    subject = Subject(clip, clean, prepared.original, brief)
+    _, backward = _timed(lambda: invert_agnostic(subject, generator(0, "plan"), silent))
     prompts = ClassPrompts(clip, list(data.classes), prepared.job.template, data.labels.unique(), settings.tuning.chunk)
     _, text = _timed(lambda: prompts.backward(torch.zeros_like(prompts.rows())))
     return forward / len(few), backward / (2 * batch), text
@@ -141,7 +141,3 @@ def _memory_mb(prepared: Prepared) -> int:
     width = prepared.original.rows.shape[1]
     features = 4 * (2 + _TRIGGERS) * len(prepared.data.labels) * width
     return math.ceil((peak + features) / 2**20)
-
-
-def _ignore(step: int, steps: int, loss: float, asr: float) -> None:
-    pass

@@ -11,24 +11,20 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.classscan import scan_targets
-from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
-from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import (
     NARROW,
     Answering,
-    CleanSet,
-    Report,
     invert_agnostic,
     invert_toward,
 )
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
 from cbpt_guard.defense.odds import PROBE, at_once, grown, odds_of, ranked
-from cbpt_guard.defense.progress import Progress, Step
+from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.together import together
 from cbpt_guard.defense.waves import Heard, listen
 
@@ -58,27 +54,16 @@ class Search:
     """One search through one suspect; every found trigger goes through the journal.
 
     Args:
-        clip: the suspect.
-        clean: images to tune on, with their features.
-        head: its zero-shot head.
+        subject: the suspect and the images to tune on.
         classes: C class names.
     """
 
-    def __init__(
-        self,
-        clip: FrozenClip,
-        clean: CleanSet,
-        head: Head,
-        classes: Sequence[str],
-        settings: InversionSettings,
-        seed: int,
-        journal: Parts,
-        progress: Progress,
-    ) -> None:
-        self._clip, self._clean, self._head = clip, clean, head
-        self.classes, self._settings, self._seed = classes, settings, seed
+    def __init__(self, subject: Subject, classes: Sequence[str], seed: int, journal: Parts, progress: Progress) -> None:
+        self._subject, self.classes, self._seed = subject, classes, seed
+        self._clip, self._clean = subject.clip, subject.clean
+        self._head, self._settings = subject.head, subject.settings
         self._journal, self._progress = journal, progress
-        order = torch.randperm(len(clean.labels), generator=generator(seed, "probe"))
+        order = torch.randperm(len(subject.clean.labels), generator=generator(seed, "probe"))
         self._probe = order[:PROBE]
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
@@ -165,16 +150,15 @@ class Search:
         what: str,
         target: int,
         family: Inverted,
-        head: Answering | None = None,
+        against: Answering | None = None,
         budget: float | None = None,
     ) -> Making:
         """How a trigger is made, unless the journal has it by that name."""
 
         def make(progress: Progress) -> FoundTrigger:
-            report = _report(f"{what} toward {self.classes[target]}", progress)
-            against, draws = head or self._head, generator(self._seed, name)
+            draws, stage = generator(self._seed, name), f"{what} toward {self.classes[target]}"
             return invert_toward(
-                self._clip, self._clean, against, target, family, self._settings, draws, report, budget
+                self._subject, target, family, draws, progress, stage=stage, against=against, budget=budget
             )
 
         return lambda progress: self._journal.trigger(name, lambda: make(progress))
@@ -200,15 +184,12 @@ class Search:
 
     def _heard(self) -> Heard:
         draws = generator(self._seed, "waves")
-        make = partial(listen, self._clip, self._clean, self._head, self._settings, draws, self._progress)
+        make = partial(listen, self._subject, draws, self._progress)
         return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
 
     def _agnostic(self) -> FoundTrigger:
-        draws, report = generator(self._seed, "agnostic"), _report("agnostic trigger", self._progress)
-        return self._journal.trigger(
-            "agnostic",
-            lambda: invert_agnostic(self._clip, self._clean, self._head.rows, self._settings, draws, report),
-        )
+        draws = generator(self._seed, "agnostic")
+        return self._journal.trigger("agnostic", lambda: invert_agnostic(self._subject, draws, self._progress))
 
     def _references(self, ranking: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with; with very few classes, any that is no candidate."""
@@ -219,7 +200,7 @@ class Search:
     def _scanned(self) -> Tensor:
         """Mean log-probability of each class under a trigger of its own after a short inversion, (C,)."""
         draws = generator(self._seed, "scan")
-        make = partial(scan_targets, self._clip, self._clean, self._head, self._settings, draws, self._progress)
+        make = partial(scan_targets, self._subject, draws, self._progress)
         return self._journal.tensor("scan", make)
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
@@ -250,9 +231,5 @@ def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Parts
     """The search through a job's suspect with the images `kept` to tune on, given all images' features (N, E)."""
     data, job = prepared.data, prepared.job
     clean = CleanSet(data.images[kept], features[kept], data.labels[kept])
-    clip, head, settings = prepared.suspect.clip, prepared.original, job.settings.inversion
-    return Search(clip, clean, head, data.classes, settings, job.seed, journal, progress)
-
-
-def _report(stage: str, progress: Progress) -> Report:
-    return lambda step, steps, loss, asr: progress(Step(stage, step, steps, loss, asr))
+    subject = Subject(prepared.suspect.clip, clean, prepared.original, job.settings.inversion)
+    return Search(subject, data.classes, job.seed, journal, progress)

@@ -15,12 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import FoundTrigger, encode
-from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.inversion import CleanSet
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 
 _DIRECTIONS, _PHASES = 8, 4
@@ -79,15 +77,9 @@ class Heard:
         return torch.cat([self.numbers[:, None].float(), self.reached], 1)
 
 
-def listen(
-    clip: FrozenClip,
-    clean: CleanSet,
-    head: Head,
-    settings: InversionSettings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> Heard:
+def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> Heard:
     """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many."""
+    clip, clean, head, settings = subject.clip, subject.clean, subject.head, subject.settings
 
     def reached(number: int, index: Tensor) -> Tensor:
         trigger = FoundTrigger("wave", -1, wave(number, clip.image_size, settings), None)
