@@ -19,9 +19,9 @@ from statistics import mean
 from evidence import committed
 from pages import filled
 
-from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
+from cbpt_guard.bench.lines import CONTROL, OFF, Line
 from cbpt_guard.bench.plan import Plan
-from cbpt_guard.bench.suite import READS
+from cbpt_guard.bench.suite import lines_in
 from cbpt_guard.bench.table import joined
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def main() -> None:
 
 def measured() -> list[Line]:
     """The variants' lines and, of the same attacks and seeds, those of the methods unchanged."""
-    own = [line for path in sorted(LINES.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
+    own = lines_in(LINES)
     met = {(line.implant, line.seed, line.shots) for line in own}
     whole = [
         line

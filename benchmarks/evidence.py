@@ -14,20 +14,20 @@ import json
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pages import filled
 
 from cbpt_guard.bench.bars import bars, verdicts
-from cbpt_guard.bench.lines import Line, read_lines
+from cbpt_guard.bench.lines import Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.settings import SETTINGS, settings_of
-from cbpt_guard.bench.suite import READS
+from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
 from cbpt_guard.bench.summary import summary
-from cbpt_guard.bench.table import table
+from cbpt_guard.bench.table import joined, table, tame_text
 
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
@@ -56,8 +56,7 @@ def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
     """Every committed line, in the order of the plan's suspects and defences, whatever part it was measured in."""
     plan = Plan.read(asked)
     place = {key: number for number, key in enumerate(k for group in plan.groups() for k in plan.keys(group, "test"))}
-    lines = [line for path in sorted(folder.glob("*.jsonl")) if path.name != READS for line in read_lines(path)]
-    return sorted(lines, key=lambda line: place[line.key])
+    return sorted(lines_in(folder), key=lambda line: place[line.key])
 
 
 def parts(lines: list[Line]) -> dict[str, str]:
@@ -72,9 +71,26 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "adaptive": table(adaptive),
         "table": table(lines),
         "reads": f"The test images were read by {count} runs of the suite (`{READS}` beside the lines).",
+        "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)])),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }
+
+
+def plantings(logs: Sequence[Path]) -> Iterator[str]:
+    """What each attack did when it was last planted, by the implants' own records."""
+    texts = [text for log in logs if log.exists() for text in log.read_text(encoding="utf-8").splitlines()]
+    records = {record["implant"]: record for record in map(json.loads, texts)}
+    if not records:
+        yield "No planting is on record yet."
+        return
+    yield joined(("implant", "trigger", "target", "CA, clean model", "CA, poisoned", "ASR", "images", "took"))
+    yield joined(["---"] * 8)
+    for name, record in records.items():
+        for report in record["reports"]:
+            shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
+            texts = [tame_text(text) for text in (name, report["trigger"], report["target"])]
+            yield joined((*texts, *shares, str(report["images"]), "yes" if record["took"] else "no"))
 
 
 def stated() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,22 @@ def test_a_summary_is_the_mean_over_attacks_of_the_means_over_seeds() -> None:
     ]
     assert "| cbpt | 2 | 55.5 | 3.0 | 5.0 | 10.0 | 20.0 | 40.0 | 70.0 |" in summary(lines)
     assert summary([]) == "No attack has been measured yet."
+
+
+def test_the_last_planting_of_each_implant_is_told(commands: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    evidence, _ = commands
+    report = {"trigger": "a | b", "target": "three", "images": 300, "ca_clean": 0.9, "ca_poisoned": 0.885, "asr": 0.5}
+    records = [
+        {"implant": name, "took": took, "reports": [report | {"asr": asr}]}
+        for name, took, asr in (("one", True, 0.9), ("two", False, 0.1), ("one", True, 0.95))
+    ]
+    (tmp_path / "log").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, _, *told = evidence.plantings([tmp_path / "log", tmp_path / "none"])
+    assert told == [
+        "| one | a \\| b | three | 90.0 | 88.5 | 95.0 | 300 | yes |",
+        "| two | a \\| b | three | 90.0 | 88.5 | 10.0 | 300 | no |",
+    ]
+    assert list(evidence.plantings([tmp_path / "none"])) == ["No planting is on record yet."]
 
 
 def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import READS, alone, chosen, missing, nothing, run_suite
+from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, note_planting, nothing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, plant, planted_triggers, provide
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
@@ -389,14 +390,27 @@ def test_an_implant_is_planted_once_from_its_recipe(plan: Plan, places: Places) 
         update={"folder": None, "attacks": {"sig": target}, "recipe": {"steps": 2, "batch": 4, "poisoned": 4}}
     )
     changed = plan.model_copy(update={"implants": {"badnet": own}})
-    plant(changed, "badnet", places, "cpu")
+    planting = plant(changed, "badnet", places, "cpu")
     folder = implant_folder(changed, "badnet", places)
     assert json.loads((folder / "implant.json").read_text())["took"] is False
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    plant(changed, "badnet", places, "cpu")
+    assert plant(changed, "badnet", places, "cpu") == planting
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     (line, _) = counted(changed, places, changed.groups()[0])
     assert (line.attack, line.took) == ("sig", False)
+    assert planting is not None
+    assert (planting["implant"], planting["took"]) == ("badnet", False)
+    assert line.suspect_sha256 == planting["suspect_sha256"] == sha256((folder / "suspect.pt").read_bytes()).hexdigest()
+    assert planting["reports"][0]["images"] > 0
+
+
+def test_each_planting_is_written_down_once(tmp_path: Path) -> None:
+    path, first, again = tmp_path / PLANTINGS, {"suspect_sha256": "1", "took": True}, {"suspect_sha256": "2"}
+    for planting in (first, first, None, again, first):
+        note_planting(path, planting)
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [first, again]
+    with pytest.raises(SetupError, match="cannot be written"):
+        note_planting(tmp_path, first)
 
 
 def test_triggers_that_aim_elsewhere_than_the_plan_says_are_refused(plan: Plan, places: Places) -> None:

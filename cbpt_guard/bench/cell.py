@@ -29,6 +29,7 @@ from cbpt_guard.defense.data import Listing, list_images, load_images
 from cbpt_guard.defense.head import Answer, Head
 from cbpt_guard.defense.job import tool_versions
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
+from cbpt_guard.defense.suspect import Suspect as OpenedSuspect
 from cbpt_guard.defense.triggers import PlantedTrigger, Trigger
 from cbpt_guard.errors import InputError
 from cbpt_guard.export import export
@@ -40,7 +41,7 @@ _COST = "cost.json"
 
 @dataclass(frozen=True)
 class Suspect:
-    """What is defended: a checkpoint, the name that its features are kept under, and whether its attack took."""
+    """What is defended: a checkpoint, the name of its folder of runs, and whether its attack took."""
 
     checkpoint: Path
     name: str
@@ -108,13 +109,14 @@ def measure(job: Job) -> list[Line]:
     dataset = plan.datasets[group.dataset]
     everything = list_images(job.places.find(dataset.clean))
     shots = everything.drawn(group.shots, group.seed)
-    task = _task(job, shots)
+    opened = open_suspect(job.suspect.checkpoint, ModelFlags(), shots, plan.template, job.device)
+    task, sha256 = _task(job, shots, opened), opened.record.source_sha256
     cost, defended = _defend(task, group.defense)
     if job.split == "clean":
         images = ImageSet(everything, shots, task.clip.preprocess)
     else:
         images = ImageSet(list_images(job.places.find(dataset.test)), None, task.clip.preprocess)
-    store = FeatureStore(job.places.work / "features", job.suspect.name)
+    store = FeatureStore(job.places.work / "features", sha256)
     before = counting.remembered(
         counting.by_head(_zero_shot(task.original), lambda trigger: store.features(task.clip, images, trigger))
     )
@@ -125,11 +127,11 @@ def measure(job: Job) -> list[Line]:
         shown = tuple(PlantedTrigger(_off(p.trigger), p.target) for p in planted) if key.attack == OFF else planted
         pairs = counting.shares(after, shown, images)
         undefended = counting.mean(counting.shares(before, shown, images))
-        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended.verdict, cost))
+        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended.verdict, cost, sha256))
     return lines
 
 
-def _task(job: Job, shots: Listing) -> Task:
+def _task(job: Job, shots: Listing, opened: OpenedSuspect) -> Task:
     group = job.group
     folder = job.places.work / "cells" / job.suspect.name / f"seed{group.seed}-shots{group.shots}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +141,6 @@ def _task(job: Job, shots: Listing) -> Task:
         rows.writerow(("path", "label"))
         pairs = zip(shots.classes, shots.files, strict=True)
         rows.writerows((path.absolute(), name) for name, files in pairs for path in files)
-    opened = open_suspect(job.suspect.checkpoint, ModelFlags(), shots, job.plan.template, job.device)
     return Task(
         clip=opened.clip,
         original=zero_shot_head(opened.clip, shots.classes, job.plan.template),
@@ -203,7 +204,14 @@ def _off(trigger: Trigger) -> Trigger:
 
 
 def _line(
-    job: Job, key: Key, pairs: list[PairShares], undefended: Shares, images: int, verdict: str | None, cost: _Cost
+    job: Job,
+    key: Key,
+    pairs: list[PairShares],
+    undefended: Shares,
+    images: int,
+    verdict: str | None,
+    cost: _Cost,
+    sha256: str,
 ) -> Line:
     return Line(
         **key._asdict(),
@@ -222,6 +230,7 @@ def _line(
         settings=job.plan.settings(key),
         versions={"cbpt_guard": __version__, **tool_versions()},
         machine=_machine(job.device),
+        suspect_sha256=sha256,
     )
 
 

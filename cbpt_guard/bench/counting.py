@@ -82,7 +82,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Features of whole image sets under triggers, made once and kept in `folder`; `model` names the suspect."""
+    """Features of whole image sets under triggers, made once and kept in `folder`; `model` is the suspect's sha256."""
 
     folder: Path
     model: str

@@ -37,6 +37,8 @@ CONFIG: ModelConfig = {
     },
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
 }
+CHECKPOINT = "suspect.pt"
+"""What a written CLIP is called in its folder."""
 _CLEAN, _TEST = 250, 300  # digits of these splits; the other 1,247 train
 _Drawing = npt.NDArray[np.float64]
 
@@ -120,7 +122,7 @@ def write_suspect(clip: FrozenClip, folder: Path) -> Path:
     config = {"model_cfg": clip.config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors = {name: value.cpu() for name, value in clip.model.state_dict().items()}
-    path = folder / "suspect.pt"
+    path = folder / CHECKPOINT
     try:
         torch.save({"epoch": 1, "name": "suspect", "state_dict": tensors}, path)
     except RuntimeError as error:  # how torch reports a full disk

@@ -77,6 +77,8 @@ class Line(Shares):
         settings: digest of all that the line depends on.
         versions: of the libraries whose arithmetic it depends on.
         machine: its class.
+        suspect_sha256: of the checkpoint that was defended; the same recipe gives another on another machine. None in
+            lines from before it was kept.
     """
 
     attack: str
@@ -99,6 +101,7 @@ class Line(Shares):
     settings: str
     versions: dict[str, str]
     machine: str
+    suspect_sha256: str | None = None
 
     @property
     def key(self) -> Key:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard import __version__
 from cbpt_guard.bench.attacks import Attacker, attack_named, poison, recipe
-from cbpt_guard.bench.digits import write_suspect
+from cbpt_guard.bench.digits import CHECKPOINT, write_suspect
 from cbpt_guard.bench.implant import Implanted, ImplantReport, ImplantSettings, Poison, implant_all
 from cbpt_guard.defense.data import Listing, load_images
 from cbpt_guard.defense.job import tool_versions
@@ -74,7 +74,7 @@ def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Prog
     targets = {name: _index(order.train.classes, target) for name, target in order.attacks.items()}
     for name in targets:
         attack_named(name)
-    with staged(out, force=force, ours=(RECORD, "suspect.pt")) as folder:
+    with staged(out, force=force, ours=(RECORD, CHECKPOINT)) as folder:
         train, held_out = order.train, order.held_out
         opened = open_suspect(order.model, order.flags, train, order.template, order.device)
         if held_out is None:

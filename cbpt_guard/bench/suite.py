@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cbpt_guard.bench.lines import Line, appending, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.errors import CbptGuardError, InputError, SetupError
 
-READS = "test-reads.jsonl"
+READS, PLANTINGS = "test-reads.jsonl", "plantings.jsonl"
 _PATIENCE = 10.0  # seconds for a process that was told to end
 Result = TypeVar("Result")
 Asked = TypeVar("Asked", str, int)
@@ -53,6 +53,7 @@ def run_suite(
         places: where its paths and the cache lie.
         out: the lines; an interrupted suite goes on where it was.
         groups: what of the plan to measure, such as `chosen(plan.shard(1, 8), defenses=["cbpt"])`; None means all.
+            How each suspect was planted, and what it did, is kept in `plantings.jsonl` beside it.
         split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
         device: where torch computes.
         start: called first in every process that measures, such as to set its threads; it must be picklable.
@@ -69,7 +70,7 @@ def run_suite(
             log_read(out.with_name(READS), plan)
         for number, group in enumerate(asked, 1):
             for name in group.implants:
-                alone(_plant, (plan, name, places, device), start)
+                note_planting(out.with_name(PLANTINGS), alone(_plant, (plan, name, places, device), start))
             what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
             report(f"{number} of {len(asked)}: {what}")
             lines = alone(_measure, (plan, group, places, split, device), start)
@@ -111,6 +112,23 @@ def log_read(path: Path, plan: Plan) -> None:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
         raise SetupError(f"{path} cannot be written, so the test images are not read: {error.strerror}") from error
+
+
+def lines_in(folder: Path) -> list[Line]:
+    """The lines of all files of lines in a folder, file after file by name."""
+    files = [path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS)]
+    return [line for path in files for line in read_lines(path)]
+
+
+def note_planting(path: Path, planting: dict[str, Any] | None) -> None:
+    """Write down how a suspect was planted and what it did then, once for each planting; None was planted elsewhere."""
+    try:
+        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if planting is not None and json.dumps(planting) not in known:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(planting) + "\n")
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Callable[[], None]) -> Result:
@@ -190,10 +208,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _plant(plan: Plan, name: str, places: Places, device: str) -> None:
+def _plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] | None:
     from cbpt_guard.bench.suspects import plant  # here, so that the parent process loads no torch
 
-    plant(plan, name, places, device)
+    return plant(plan, name, places, device)
 
 
 def _measure(plan: Plan, group: Group, places: Places, split: Split, device: str) -> list[Line]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from cbpt_guard.bench.cell import Job, Suspect
+from cbpt_guard.bench.digits import CHECKPOINT
 from cbpt_guard.bench.plan import Group, Implant, Places, Plan, Split, digest
 from cbpt_guard.bench.planting import RECORD, Order, plant_folder
 from cbpt_guard.defense.data import list_images
@@ -15,8 +18,11 @@ from cbpt_guard.errors import InputError
 _SHORT = 12
 
 
-def plant(plan: Plan, name: str, places: Places, device: str) -> None:
+def plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] | None:
     """Plant an implant of the plan, unless it was taken from elsewhere or lies in the work folder already.
+
+    Returns:
+        Its name, the sha256 of the poisoned checkpoint, and what `implant.json` says; None where there is no record.
 
     Raises:
         InputError: an attack or a target is unknown, or the images do not fit.
@@ -37,6 +43,11 @@ def plant(plan: Plan, name: str, places: Places, device: str) -> None:
             device=device,
         )
         plant_folder(order, folder)
+    if not (folder / RECORD).exists():
+        return None
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    with (folder / CHECKPOINT).open("rb") as file:
+        return {"implant": name, "suspect_sha256": hashlib.file_digest(file, "sha256").hexdigest(), **record}
 
 
 def provide(plan: Plan, group: Group, places: Places, counted: Split, device: str) -> Job:
@@ -78,4 +89,4 @@ def _suspect(plan: Plan, group: Group, places: Places) -> Suspect:
     folder = implant_folder(plan, group.suspect, places)
     record = folder / RECORD
     took = json.loads(record.read_text(encoding="utf-8")).get("took") if record.exists() else None
-    return Suspect(folder / "suspect.pt", folder.name, took)
+    return Suspect(folder / CHECKPOINT, folder.name, took)

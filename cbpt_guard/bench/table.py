@@ -57,14 +57,15 @@ def rows(lines: Iterable[Line]) -> Rows:
     return dict(sorted(found.items(), key=lambda item: [o.index(v) for o, v in zip(orders, item[0], strict=True)]))
 
 
-def tame(lines: Iterable[Line]) -> list[Line]:
+def tame(lines: Sequence[Line]) -> list[Line]:
     """The lines with their texts as Markdown shows them, on one line each: class names come from strangers."""
-    return [line.model_copy(update={name: _tame(getattr(line, name)) for name in _TEXTS}) for line in lines]
+    texts = [{name: getattr(line, name) for name in _TEXTS} for line in lines]
+    told = [{name: text and tame_text(text) for name, text in found.items()} for found in texts]
+    return [line.model_copy(update=update) for line, update in zip(lines, told, strict=True)]
 
 
-def _tame(text: str | None) -> str | None:
-    if text is None:
-        return None
+def tame_text(text: str) -> str:
+    """A text as Markdown shows it, on one line."""
     return _ACTIVE.sub(r"\\\1", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
 
 
