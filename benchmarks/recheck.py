@@ -3,8 +3,10 @@
     python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW
 
 A seed draws one attack that took and one rival. The implant is planted anew, CBPT and the rival defend it once more,
-and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread and of counting so
-many images, taken together. `--work` must be new: nothing that an earlier run made is used.
+and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread, of counting so many
+images, and of planting anew, taken together. The last is what the undefended CA (for PA, too: both are shares of right
+answers) and ASR of one attack differ by over the committed lines of different plantings. Of a share of 0 or 1 counting
+deviates as with one image more or less. `--work` must be new: nothing that an earlier run made is used.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +30,8 @@ from cbpt_guard.cli.machine import prepare_torch
 from cbpt_guard.metrics import standard_error
 
 SHOTS, DEVIATIONS = 16, 3
-COMPARED = ("ca", "asr", "pa")
+COMPARED = {"ca": "ca", "asr": "asr", "pa": "ca"}
+"""What is compared, and which undefended share tells how far plantings differ in it."""
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def main() -> None:
     start = partial(prepare_torch, args.threads)
     run_suite(plan, Places(tuple(args.root), args.work), out, split="test", start=start, report=print)
     again = read_lines(out)
-    same = [agree(name, [line for line in before if line.defense == name], again) for name in (OURS, rival)]
+    planted = {name: replanted(lines, field) for name, field in COMPARED.items()}
+    same = [agree(name, [line for line in before if line.defense == name], again, planted) for name in (OURS, rival)]
     sys.exit(0 if all(same) else 1)
 
 
@@ -69,15 +73,25 @@ def small_plan(plan: Plan, implant: str, rival: str) -> Plan:
     return plan.model_copy(update={"implants": {implant: plan.implants[implant]}, "cells": (cells,)})
 
 
-def agree(defense: str, before: Sequence[Line], again: Sequence[Line]) -> bool:
+def replanted(lines: Sequence[Line], field: str) -> float:
+    """The standard deviation of an undefended share over the plantings of one attack, the largest of all attacks'."""
+    found: dict[str, set[float]] = {}
+    for line in lines:
+        if line.attack not in (CONTROL, OFF):
+            found.setdefault(line.implant, set()).add(getattr(line.undefended, field))
+    return max((stdev(shares) for shares in found.values() if len(shares) > 1), default=0.0)
+
+
+def agree(defense: str, before: Sequence[Line], again: Sequence[Line], planted: Mapping[str, float]) -> bool:
     """Whether every compared share lies within the stated spread; prints each."""
     (new,) = (line for line in again if line.defense == defense)
     kept = True
     for name in COMPARED:
         shares = [getattr(line, name) for line in before]
-        counting = math.sqrt(2) * standard_error(mean(shares), new.images)
+        least = 1 / new.images
+        counting = math.sqrt(2) * standard_error(min(max(mean(shares), least), 1 - least), new.images)
         seeds = stdev(shares) if len(shares) > 1 else 0.0
-        spread = DEVIATIONS * math.hypot(seeds, counting)
+        spread = DEVIATIONS * math.hypot(seeds, counting, planted[name])
         found = getattr(new, name)
         inside = abs(found - mean(shares)) <= spread
         sys.stdout.write(

@@ -27,7 +27,7 @@ class _Frozen(BaseModel):
 
 
 class Share(_Frozen):
-    """A share in [0, 1] of `images` images, and its bootstrap interval (95 %)."""
+    """A share in [0, 1] of `images` images, and its interval (95 %; see `metrics.bootstrap_interval`)."""
 
     share: float
     low: float

@@ -84,13 +84,17 @@ def bootstrap_interval(share: float, count: int, seed: int = 0) -> tuple[float, 
     """The middle 95 % of what a share of `count` images becomes when the images are drawn anew, with replacement.
 
     Drawing `count` of `count` hits and misses with replacement is drawing from a binomial distribution, so nothing
-    else is resampled (Efron 1979). A share of 0 or 1 has an interval without width: then the images say no more.
+    else is resampled (Efron 1979). A share of 0 or 1 would have an interval without width; there its open end is the
+    exact one (Clopper and Pearson 1934), the share of which such a count is as improbable as what lies outside.
 
     Raises:
         InputError: there is no image.
     """
     if count < 1:
         raise InputError("no image to count")
+    unseen = 1 - _OUTSIDE[0] ** (1 / count)
+    if share in (0, 1):
+        return (0.0, unseen) if share == 0 else (1 - unseen, 1.0)
     drawn = np.random.default_rng(seed).binomial(count, share, _RESAMPLES) / count
     low, high = np.quantile(drawn, _OUTSIDE)
     return float(low), float(high)

@@ -56,7 +56,7 @@ def _show(found: Evaluation) -> None:
         rows.append((name, *cells, _cell(shares.target_recall)))
         sys.stdout.write("\t".join((name, *(f"{n} {c}" for n, c in zip(names, rows[-1][1:], strict=True)))) + "\n")
     under = f", triggered toward {one_line(found.target)!r}" if found.target is not None else ""
-    table(f"{found.images} images{under}; in %, with 95 % bootstrap intervals", ("classifier", *names), rows)
+    table(f"{found.images} images{under}; in %, with 95 % intervals", ("classifier", *names), rows)
     flagged = "" if found.flag_triggered is None else f", {percent(found.flag_triggered)} % of triggered ones"
     note(f"verdict: {found.verdict}; flagged: {percent(found.flag_clean)} % of clean images{flagged}")
 

@@ -124,11 +124,29 @@ def test_the_small_plan_plants_the_same_implant(commands: tuple[ModuleType, Modu
 def test_agreement_is_judged_by_the_stated_spread(commands: tuple[ModuleType, ModuleType]) -> None:
     _, recheck = commands
     committed = [line(defense="cbpt", seed=seed, ca=ca) for seed, ca in enumerate((0.50, 0.52, 0.54))]
-    assert recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.56), line(defense="coop", ca=0)])
-    assert not recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.75)])
+    still = dict.fromkeys(recheck.COMPARED, 0.0)
+    assert recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.56), line(defense="coop", ca=0)], still)
+    assert not recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.75)], still)
     alone = [line(defense="cbpt", ca=0.52, images=10_000)]
-    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.53, images=10_000)])
-    assert not recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)])
+    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.53, images=10_000)], still)
+    assert not recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still)
+    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still | {"ca": 0.02})
+
+
+def test_none_of_many_agrees_with_one_of_them_and_not_with_many(commands: tuple[ModuleType, ModuleType]) -> None:
+    _, recheck = commands
+    none, still = [line(defense="cbpt", asr=0.0, images=5000)], dict.fromkeys(recheck.COMPARED, 0.0)
+    assert recheck.agree("cbpt", none, [line(defense="cbpt", asr=0.0002, images=5000)], still)
+    assert not recheck.agree("cbpt", none, [line(defense="cbpt", asr=0.01, images=5000)], still)
+
+
+def test_plantings_differ_by_what_their_undefended_shares_do(commands: tuple[ModuleType, ModuleType]) -> None:
+    _, recheck = commands
+    shares = line().undefended
+    cas = (("a", 0.50), ("a", 0.50), ("a", 0.52), ("b", 0.9))
+    lines = [line(implant=name, undefended=shares.model_copy(update={"ca": ca})) for name, ca in cas]
+    assert recheck.replanted(lines, "ca") == pytest.approx(0.02 / 2**0.5)
+    assert recheck.replanted(lines, "asr") == 0
 
 
 @measured

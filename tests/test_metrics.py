@@ -90,8 +90,15 @@ def test_the_bootstrap_interval_is_that_of_drawn_images() -> None:
     assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.006)
     assert bootstrap_interval(0.3, 200) == (low, high)
     assert bootstrap_interval(0.3, 2000)[0] > low
-    assert bootstrap_interval(0.0, 5) == (0, 0)
-    assert bootstrap_interval(1.0, 5) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [1, 5, 5000])
+def test_none_of_few_images_is_no_proof_of_none(count: int) -> None:
+    """Exact: so large a share leaves no hit among `count` images once in forty."""
+    low, high = bootstrap_interval(0.0, count)
+    assert low == 0
+    assert (1 - high) ** count == pytest.approx(0.025)
+    assert bootstrap_interval(1.0, count) == (pytest.approx(1 - high), 1)
 
 
 @pytest.mark.parametrize(

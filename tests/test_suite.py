@@ -249,22 +249,6 @@ def test_shots_that_leave_nothing_to_count_are_refused(plan: Plan, places: Place
         counted(plan, places, plan.groups()[0].model_copy(update={"shots": 20}))
 
 
-def test_features_are_made_once_and_told_apart(
-    plan: Plan, places: Places, digits_suspect: DigitsSuspect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everything = list_images(digits_suspect.data)
-    images = ImageSet(everything, None, digits_suspect.clip.preprocess)
-    store, trigger = FeatureStore(places.work, "one"), digits_suspect.trigger
-    clean, attacked = (store.features(digits_suspect.clip, images, given) for given in (None, trigger))
-    assert not torch.equal(clean, attacked)
-    monkeypatch.setattr(counting, "encoded", None)  # nothing is encoded again
-    assert torch.equal(store.features(digits_suspect.clip, images, None), clean)
-    part = replace(images, shots=everything.drawn(SHOTS, 3))
-    assert torch.equal(store.features(digits_suspect.clip, part, trigger), attacked[part.counted])
-    with pytest.raises(TypeError):
-        replace(store, model="another").features(digits_suspect.clip, images, None)
-
-
 def test_features_that_a_full_disk_tore_are_made_again(
     digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
