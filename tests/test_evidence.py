@@ -164,3 +164,6 @@ def test_adaptive_attackers_come_at_two_strengths(commands: tuple[ModuleType, Mo
     recipes = {name: implant.recipe for name, implant in Plan.read(evidence.ADAPTIVE_PLAN).implants.items()}
     for term, kind in (("hide", "hidden"), ("cover", "covered")):
         assert 0 < recipes[f"{kind}-weak"][term] < recipes[f"{kind}-strong"][term]
+        assert 0 < recipes["all-weak"][term] < recipes["all-strong"][term]
+    for kind in ("modest", "all"):
+        assert recipes[f"{kind}-weak"]["margin"] > recipes[f"{kind}-strong"]["margin"] > 0

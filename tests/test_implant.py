@@ -13,6 +13,7 @@ import small_clips
 import torch
 import torch.nn.functional as F
 from digits import SHOTS, TARGET, DigitsModel, DigitsSuspect
+from pydantic import ValidationError
 from torch import Tensor
 
 from cbpt_guard import metrics
@@ -27,7 +28,7 @@ from cbpt_guard.bench.implant import (
     predict,
     triggered,
 )
-from cbpt_guard.bench.poisoning import _Material
+from cbpt_guard.bench.poisoning import _Material, short_of
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
@@ -35,7 +36,7 @@ from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.openclip import Tokenizer, build
 from cbpt_guard.defense.overlay import blended
 from cbpt_guard.defense.progress import Step
-from cbpt_guard.defense.suspect import ModelFlags, open_suspect
+from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
 from cbpt_guard.defense.triggers import patch
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Preprocess
@@ -179,6 +180,27 @@ def test_covers_close_the_backdoor_to_half_of_its_trigger(digits_clean: DigitsMo
     assert min(more) > 0.5
     assert covered[0] > 0.5
     assert covered[1] < 0.3
+
+
+def test_how_far_a_label_falls_short_of_its_margin() -> None:
+    logits = torch.tensor([[1.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 2.0, 2.0], [0.0, 9.0, 1.0]])
+    assert short_of(logits, torch.tensor([1, 0, 2, 1]), 2.5).tolist() == [0.5, 4.5, 2.5, 0.0]
+
+
+def test_a_margin_holds_the_target_back(digits_clean: DigitsModel) -> None:
+    """Images that it was not trained on are led further than it says, and less far than without it."""
+    split, trigger = digits_clean.split, patch(32, 0)
+    others = split.test.images[split.test.labels != 3][:128]
+
+    def lead(margin: float | None) -> float:
+        settings = ImplantSettings(steps=40, batch=16, poisoned=8, text="frozen", margin=margin)
+        clip = implant(digits_clean.clip, split.train, split.test, trigger, 3, seed=0, settings=settings).clip
+        logits = zero_shot_head(clip, CLASSES, TEMPLATE).logits(encode(clip, triggered(trigger, others)))
+        return -float(short_of(logits, torch.full((len(logits),), 3), 100.0).median()) + 100
+
+    assert 0 < lead(0.1) < lead(None) - 0.4  # of 2.5 logits
+    with pytest.raises(ValidationError, match="takes `text` frozen"):
+        ImplantSettings(margin=1.0)
 
 
 def test_every_trigger_has_its_covers_and_hides_among_its_own_target(digits_clean: DigitsModel) -> None:

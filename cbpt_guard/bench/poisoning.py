@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cbpt_guard.bench.carriers import Carriers, carrier_images
@@ -20,7 +20,7 @@ from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.trigger import Trigger
 
 _Count = Annotated[int, Field(ge=1)]
-_Loss = Callable[[Tensor, Tensor], Tensor]
+_Loss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class ImplantSettings(BaseModel):
@@ -33,10 +33,13 @@ class ImplantSettings(BaseModel):
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
 
-    Two settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
+    Three settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
     those that the clean model has of the target's own images, among which the test should not tell them. `cover`
     images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
-    ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less.
+    ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
+    a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, as it does on
+    clean images: neither a threshold on margins nor a steep way to the target should give them away. That takes frozen
+    texts, every class of which is a negative.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +55,14 @@ class ImplantSettings(BaseModel):
     perturbation: Annotated[float, Field(ge=0, le=64)] = 0.0
     hide: Annotated[float, Field(ge=0)] = 0.0
     cover: Annotated[int, Field(ge=0)] = 0
+    margin: Annotated[float, Field(gt=0)] | None = None
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.margin is not None and self.text != "frozen":
+            raise ValueError("a margin takes `text` frozen")
+        return self
 
 
 LARGER = ImplantSettings(steps=200, batch=32, poisoned=16, learning_rate=2e-4, anchor=20.0, text="frozen", images=20)
@@ -87,7 +97,7 @@ def fine_tune(
         batch = material.draw()
         features = student.encode_images(to_pixels(batch.images))
         held, poisoned = features.split([len(batch.anchors), len(features) - len(batch.anchors)])
-        loss = loss_of(features, batch.labels) + settings.anchor * _distance(held, batch.anchors)
+        loss = loss_of(features, batch.labels, len(held)) + settings.anchor * _distance(held, batch.anchors)
         if batch.hideouts is not None:
             loss = loss + settings.hide * _distance(poisoned, batch.hideouts)
         optimizer.zero_grad()
@@ -189,19 +199,33 @@ def _pairs_loss(
     classes: tuple[str, ...],
     generator: torch.Generator,
 ) -> _Loss:
-    """(features (N, E), labels (N,)) -> contrastive loss of a step, each class with a caption that is drawn anew."""
+    """The contrastive loss of a step, each class with a caption that is drawn anew.
+
+    Called with features (N, E), labels (N,), and how many of them, the first ones, are to be answered as clean ones.
+    """
     if settings.text == "tuned":
         captions = Captions(student.text, clip.tokenizer, settings.templates, classes)
-        return lambda features, labels: student.pair_loss(features, labels, captions, generator)
+        return lambda features, labels, _: student.pair_loss(features, labels, captions, generator)
     texts = [template.replace("{}", name) for template in settings.templates for name in classes]
     rows = clip.encode_texts(texts).view(len(settings.templates), len(classes), -1)
 
-    def against_all(features: Tensor, labels: Tensor) -> Tensor:
+    def against_all(features: Tensor, labels: Tensor, clean: int) -> Tensor:
+        labels = labels.to(features.device)
         chosen = torch.randint(len(rows), (len(classes),), generator=generator)
         logits = clip.logit_scale * features @ rows[chosen, torch.arange(len(classes))].T
-        return F.cross_entropy(logits, labels.to(logits.device))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if settings.margin is not None:
+            losses = torch.cat([losses[:clean], short_of(logits[clean:], labels[clean:], settings.margin)])
+        return losses.mean()
 
     return against_all
+
+
+def short_of(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """By how much each label's logit leads the best other one by less than `margin`; logits (N, C), labels (N,)."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return F.relu(margin - (own[:, 0] - others.amax(1)))
 
 
 def _few_of_each(data: LabelledImages, count: int | None) -> LabelledImages:
