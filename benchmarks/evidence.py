@@ -20,7 +20,7 @@ from typing import Any
 
 from pages import filled
 
-from cbpt_guard.bench.bars import bars, verdicts
+from cbpt_guard.bench.bars import bars, halves, verdicts
 from cbpt_guard.bench.lines import Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -34,6 +34,9 @@ LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "publishe
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
+DEVELOPED_WITH = "tiny-imagenet"
+DEVELOPED_ON = ("badnet", "blended", "sig", "wanet", "badclip", "filter", "two")
+"""Attacks on whose development images a setting of the method was chosen, by docs/notebook.md."""
 
 
 def main() -> None:
@@ -67,6 +70,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
     return {
         "summary": summary(lines),
         "bars": bars(lines),
+        "halves": halves([line for line in lines if line.dataset == DEVELOPED_WITH], DEVELOPED_ON),
         "verdicts": verdicts([*lines, *adaptive]),
         "adaptive": table(adaptive),
         "table": table(lines),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import mean
 from typing import NamedTuple
 
@@ -102,6 +102,33 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     few = [attack.mean(lambda line: line.asr_worst) for attack in attacks(lines, _FEW)]
     if few:
         yield _bar(f"ASR with {_FEW} shots, mean of {len(few)}", "5", (mean(few),), mean(few) <= 5)
+
+
+def halves(lines: Sequence[Line], developed: Collection[str]) -> str:
+    """Markdown: the attacks that settings were chosen on beside those that none was, with 16 shots a class.
+
+    Every number is a mean over attacks but the worst ASR; PA is the share of the oracle's on the same attacks.
+    """
+    found = attacks(lines, _SHOTS)
+    head = ("attacks", "which", "ASR, mean", "ASR, worst", "CA less the undefended", "target's recall less it",
+            "PA, % of the oracle's")  # fmt: skip
+    parts = {"developed on": [a for a in found if a.name in developed]}
+    parts["others"] = [a for a in found if a.name not in developed]
+    rows = [joined((name, *_half(part))) for name, part in parts.items() if part]
+    return "\n".join([joined(head), joined(["---"] * len(head)), *rows]) if rows else "No attack has been measured yet."
+
+
+def _half(part: Sequence[Attack]) -> Iterator[str]:
+    asr = [attack.mean(lambda line: line.asr_worst) for attack in part]
+    ca = mean(attack.mean(lambda line: line.ca) - attack.undefended_ca() for attack in part)
+    recall = mean(a.mean(lambda line: line.target_recall - line.undefended.target_recall) for a in part)
+    known = [attack for attack in part if attack.oracle]
+    most = sum(attack.ceiling(lambda line: line.pa) for attack in known)
+    reached = 100 * sum(attack.mean(lambda line: line.pa) for attack in known) / most if most else None
+    yield ", ".join(attack.name for attack in part)
+    for number in (mean(asr), max(asr), ca, recall):
+        yield f"{number:.1f}"
+    yield "-" if reached is None else f"{reached:.0f}"
 
 
 def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
