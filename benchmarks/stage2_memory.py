@@ -1,9 +1,11 @@
 """Peak memory of stage 2 alone with all of open_clip's 1,000 ImageNet class names, against the first 200.
 
-    python benchmarks/stage2_memory.py --model ../shared/models/mobilenet-clip
+    python benchmarks/stage2_memory.py measure --model ../shared/models/mobilenet-clip
+        appends a line to stage2_memory.jsonl
+    python benchmarks/stage2_memory.py table        rewrites what docs/method.md says of it
 
 As many images under as many triggers in both, their features drawn: what is measured does not depend on their values.
-Each runs in a process of its own; prints a line of JSON.
+Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,26 +15,75 @@ import json
 import resource
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from command import append, machine
+from pages import rewrite
+
+from cbpt_guard import __version__
+
+HERE = Path(__file__).parent
+LINES, METHOD = HERE / "stage2_memory.jsonl", HERE.parent / "docs" / "method.md"
 IMAGES, TRIGGERS, EPOCHS = 3200, 4, 3
+FEW, MANY, MUST = 200, 1000, 1.2
 
 
 def main() -> None:
-    """Parse the command; without `--classes` run both sizes and compare."""
+    """Parse the command and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--classes", type=int)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("measure").add_argument("--model", type=Path, required=True)
+    one = commands.add_parser("one", help="what `measure` runs twice: prints the peak in MiB")
+    one.add_argument("--model", type=Path, required=True)
+    one.add_argument("--classes", type=int, required=True)
+    commands.add_parser("table")
     args = parser.parse_args()
-    if args.classes is not None:
+    if args.command == "one":
         print(peak_mb(args.model, args.classes))
-        return
-    command = [sys.executable, __file__, "--model", str(args.model), "--classes"]
-    peaks = {
-        count: float(subprocess.run([*command, str(count)], capture_output=True, text=True, check=True).stdout)
-        for count in (200, 1000)
+    elif args.command == "measure":
+        line = measure(args.model)
+        append(LINES, line)
+        print(json.dumps(line))
+    else:
+        rewrite(METHOD, {"memory": told(lines())})
+
+
+def measure(model: Path) -> dict[str, Any]:
+    """The peaks with few and with many classes, and their ratio."""
+    command = [sys.executable, __file__, "one", "--model", str(model), "--classes"]
+    few, many = (
+        float(subprocess.run([*command, str(count)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+        for count in (FEW, MANY)
+    )
+    return {
+        "model": model.name,
+        "ratio": round(many / few, 3),
+        "few_mb": round(few),
+        "many_mb": round(many),
+        "cbpt_guard": __version__,
+        "machine": machine(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    print(json.dumps({"peak_mb": peaks, "ratio": round(peaks[1000] / peaks[200], 3)}))
+
+
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+
+
+def told(measured: list[dict[str, Any]]) -> str:
+    """A sentence: what the last line says."""
+    if not measured:
+        return "Not measured yet."
+    last = measured[-1]
+    kept = "which it keeps" if last["ratio"] <= MUST else "which it does **not** keep"
+    return (
+        f"Stage 2 alone on {last['model']}, {IMAGES} images under {TRIGGERS} triggers: at most {last['many_mb']} MB with "
+        f"{MANY} classes and {last['few_mb']} with {FEW}, {last['ratio']:.2f} times as much; it may take {MUST} times, "
+        f"{kept} ({last['machine']})."
+    )
 
 
 def peak_mb(model: Path, classes: int) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cbpt_guard.bench.families import FAMILIES
@@ -83,3 +85,42 @@ def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -
     assert (
         text == "- a: 60 s of purify, 100 s for 10 epochs of FT, 0.60 times (2 cores; other processes took 0.0 cores)"
     )
+
+
+def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
+    import scan_time  # beside `commands`
+
+    assert between(scan_time.PAGE, "time") == scan_time.told(scan_time.lines())
+    line: dict[str, Any] = {"model": "suspect-badnet", "peak_mb": 900, "machine": "2 cores", "others_cores": 0.04}
+    fast, slow = (scan_time.told([line | {"seconds": seconds}]) for seconds in (180.0, 186.0))
+    rest = "the 3 that it may take, 900 MB (2 cores; other processes took 0.0 cores)"
+    assert fast == f"- suspect-badnet: 3.0 min, within {rest}"
+    assert slow == f"- suspect-badnet: 3.1 min, **not within** {rest}"
+    assert scan_time.told([]) == "Not measured yet."
+
+
+def test_the_memory_of_stage_2(commands: tuple[ModuleType, ModuleType]) -> None:
+    import stage2_memory  # beside `commands`
+
+    assert between(stage2_memory.METHOD, "memory") == stage2_memory.told(stage2_memory.lines())
+    line: dict[str, Any] = {"model": "a", "few_mb": 1000, "many_mb": 1201, "machine": "2 cores"}
+    assert "1.20 times as much; it may take 1.2 times, which it keeps" in stage2_memory.told([line | {"ratio": 1.2}])
+    assert "which it does **not** keep" in stage2_memory.told([line | {"ratio": 1.201}])
+    assert stage2_memory.told([]) == "Not measured yet."
+
+
+@pytest.mark.parametrize(("arguments", "worse"), [(("--version",), None), (("export", "--run", "nowhere"), 2)])
+def test_a_commands_own_time_and_memory_are_taken(
+    commands: tuple[ModuleType, ModuleType], arguments: tuple[str, ...], worse: int | None
+) -> None:
+    import command  # beside `commands`
+
+    held = np.ones(64 << 20, np.uint8)  # of this process, which the child's peak must not include
+    if worse is None:
+        took = command.ran(*arguments)
+        assert 0 < took.cpu_seconds <= 2 * took.seconds * (os.cpu_count() or 1)
+        assert 5 < took.peak_mb < 512
+    else:
+        with pytest.raises(SystemExit, match=f"export ended with {worse}"):
+            command.ran(*arguments)
+    assert held.all()

@@ -1,0 +1,80 @@
+"""Wall time of `scan` where the target shows at once, and where nothing stands out and masks are compared.
+
+    python benchmarks/scan_time.py measure --shared ../shared --work WORK   appends two lines to scan_time.jsonl
+    python benchmarks/scan_time.py table        rewrites what docs/scan.md says of it
+
+Both are the command from its start to its end, on the shared suspect and on the clean model that it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from command import append, machine, parsers, ran
+from pages import rewrite
+from road import MODELS, SEED, SHOTS, unpacked
+from timing import Watch
+
+from cbpt_guard import __version__
+
+HERE = Path(__file__).parent
+LINES, PAGE = HERE / "scan_time.jsonl", HERE.parent / "docs" / "scan.md"
+MUST = {"suspect-badnet": 3, "mobilenet-clip": 12}
+"""Minutes that a scan may take: where the target shows at once, and in the longer way."""
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser, _, _ = parsers(__doc__)
+    args = parser.parse_args()
+    if args.command == "measure":
+        for model in MUST:
+            line = measure(model, args.shared, args.work)
+            append(LINES, line)
+            print(json.dumps(line))
+    else:
+        rewrite(PAGE, {"time": told(lines())})
+
+
+def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
+    """One scan of a shared model with the shots that `purify` gets."""
+    work.mkdir(parents=True, exist_ok=True)
+    data, suspect, watch = unpacked(shared, "clean", work), shared / "models" / model / MODELS[model], Watch()
+    took = ran("scan", "--model", suspect, "--data", data, "--shots", str(SHOTS), "--seed", str(SEED))
+    return {
+        "model": model,
+        "seconds": round(took.seconds, 1),
+        "cpu_seconds": round(took.cpu_seconds, 1),
+        "peak_mb": took.peak_mb,
+        "others_cores": round(watch.others(), 2),
+        "cbpt_guard": __version__,
+        "machine": machine(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+
+
+def told(measured: list[dict[str, Any]]) -> str:
+    """Markdown: what the last line of each model says, and whether it took no longer than it may."""
+    last = {line["model"]: line for line in measured}
+    return "\n".join(f"- {_told(line)}" for line in last.values()) or "Not measured yet."
+
+
+def _told(line: dict[str, Any]) -> str:
+    minutes, most = line["seconds"] / 60, MUST[line["model"]]
+    kept = "within" if minutes <= most else "**not within**"
+    return (
+        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it may take, {line['peak_mb']} MB "
+        f"({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
+    )
+
+
+if __name__ == "__main__":
+    main()
