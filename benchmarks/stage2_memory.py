@@ -79,10 +79,10 @@ def told(measured: list[dict[str, Any]]) -> str:
         return "Not measured yet."
     last = measured[-1]
     kept = "which it keeps" if last["ratio"] <= MUST else "which it does **not** keep"
+    sizes = f"at most {last['many_mb']} MB with {MANY} classes and {last['few_mb']} with {FEW}"
     return (
-        f"Stage 2 alone on {last['model']}, {IMAGES} images under {TRIGGERS} triggers: at most {last['many_mb']} MB with "
-        f"{MANY} classes and {last['few_mb']} with {FEW}, {last['ratio']:.2f} times as much; it may take {MUST} times, "
-        f"{kept} ({last['machine']})."
+        f"Stage 2 alone on {last['model']}, {IMAGES} images under {TRIGGERS} triggers: {sizes}, {last['ratio']:.2f} "
+        f"times as much; it may take {MUST} times, {kept} ({last['machine']})."
     )
 
 
