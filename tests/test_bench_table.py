@@ -80,6 +80,12 @@ def test_a_share_that_is_no_number_is_no_line() -> None:
 # the table
 
 
+def test_a_row_tells_that_the_defence_warned() -> None:
+    warned = line(defense="cbpt", verdict="guarded", warnings=("near chance",))
+    assert cells(table([warned, line(defense="cbpt", verdict="guarded", seed=1)]), "cbpt")[-1] == "guarded (it warned)"
+    assert cells(table([line(defense="cbpt", verdict="guarded")]), "cbpt")[-1] == "guarded"
+
+
 def test_a_row_is_the_mean_and_the_spread_over_seeds() -> None:
     text = table([line(), *OURS, RIVAL])
     ours = cells(text, "cbpt")

@@ -314,7 +314,7 @@ def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle_and_pays_once
         run = task.folder / "purified"
         if not run.exists():
             run.symlink_to(quick_run)
-        return Defended(task.clip, head.answer, "guarded", run)
+        return Defended(task.clip, head.answer, "guarded", run, ("careful",))
 
     def once(run: Path, out: Path, **_: bool) -> Path:
         exported.append(run)
@@ -326,7 +326,7 @@ def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle_and_pays_once
     group = plan.groups()[1]
     (first,) = counted(plan, places, group.model_copy(update={"defense": "slow"}))
     (second,) = counted(plan, places, group.model_copy(update={"defense": "quick"}))
-    assert first.verdict == "guarded"
+    assert (first.verdict, first.warnings) == ("guarded", ("careful",))
     assert first.flag_triggered == second.flag_triggered
     assert first.seconds == second.seconds >= 0.05
     assert [path.resolve() for path in exported] == [quick_run] * 2

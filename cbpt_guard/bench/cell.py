@@ -127,7 +127,7 @@ def measure(job: Job) -> list[Line]:
         shown = tuple(PlantedTrigger(_off(p.trigger), p.target) for p in planted) if key.attack == OFF else planted
         pairs = counting.shares(after, shown, images)
         undefended = counting.mean(counting.shares(before, shown, images))
-        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended.verdict, cost, sha256))
+        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended, cost, sha256))
     return lines
 
 
@@ -209,7 +209,7 @@ def _line(
     pairs: list[PairShares],
     undefended: Shares,
     images: int,
-    verdict: str | None,
+    defended: Defended,
     cost: _Cost,
     sha256: str,
 ) -> Line:
@@ -223,7 +223,7 @@ def _line(
         asr_worst=max(pair.asr for pair in pairs),
         pairs=tuple(pairs) if len(pairs) > 1 else (),
         undefended=undefended,
-        verdict=verdict,
+        verdict=defended.verdict,
         seconds=cost.seconds,
         cpu_seconds=cost.cpu_seconds,
         peak_mb=cost.peak_mb,
@@ -231,6 +231,7 @@ def _line(
         versions={"cbpt_guard": __version__, **tool_versions()},
         machine=_machine(job.device),
         suspect_sha256=sha256,
+        warnings=defended.warnings,
     )
 
 

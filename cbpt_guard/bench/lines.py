@@ -71,10 +71,11 @@ class Line(Shares):
         pairs: each pair's own shares, where there are several.
         undefended: the zero-shot classifier's shares on the same images.
         verdict: what the defence says of itself.
+        warnings: what it warned of, such as an undefended accuracy near chance.
         seconds: what the defence took on the clock; counting is not part of it.
         cpu_seconds: the same in processor time, which other work on the machine lengthens less.
         peak_mb: highest resident memory of the defence's own process, in MiB.
-        settings: digest of all that the line depends on.
+        settings: digest of what the plan says of the line and of the defence's own settings; see `Plan.settings`.
         versions: of the libraries whose arithmetic it depends on.
         machine: its class.
         suspect_sha256: of the checkpoint that was defended; the same recipe gives another on another machine. None in
@@ -102,6 +103,7 @@ class Line(Shares):
     versions: dict[str, str]
     machine: str
     suspect_sha256: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def key(self) -> Key:

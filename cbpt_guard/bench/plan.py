@@ -179,7 +179,8 @@ class Plan(_Frozen):
     def settings(self, key: Key) -> str:
         """Digest of all that the plan says of a line, and of the defence's own settings.
 
-        A method that changed without its settings keeps the digest: take its lines out to have them measured again.
+        What the plan does not say is not in it: an attack's own recipe, what lies in the data's folders, the code of a
+        method or of a defence of one's own. Take the lines out to have them measured again.
         """
         implant = self.implants[key.implant]
         about = {"template": self.template, "dataset": self.datasets[implant.dataset].model_dump(mode="json")}

@@ -102,4 +102,4 @@ def _defended(task: Task, run: PurifyRun) -> Defended:
         raise CheckError(
             f"{run.path} has other classes than the task: {head.classes[:3]}, not {task.shots.classes[:3]}"
         )
-    return Defended(task.clip, head.answer, run.record.verdict.name, run.path)
+    return Defended(task.clip, head.answer, run.record.verdict.name, run.path, run.record.warnings)

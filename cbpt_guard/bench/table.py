@@ -140,7 +140,9 @@ def _cells(row: Row, group: Sequence[Line], won: Sequence[str]) -> Iterator[str]
         yield f"**{text}**" if name in won else text
     yield _spread([line.flag_clean for line in group])
     yield _spread([line.flag_triggered for line in group])
-    yield ", ".join(dict.fromkeys(line.verdict or "-" for line in group))
+    yield ", ".join(dict.fromkeys(line.verdict or "-" for line in group)) + (
+        " (it warned)" if any(line.warnings for line in group) else ""
+    )
 
 
 def _spread(shares: Sequence[float]) -> str:

@@ -54,12 +54,14 @@ class Defended:
         answer: the answer for unit features (N, E) of `clip`.
         verdict: what the defence says of itself, if it says anything.
         run: the purified run directory, where the defence leaves one: it is counted through its exported bundle.
+        warnings: what the defence warned of.
     """
 
     clip: FrozenClip
     answer: Callable[[Tensor], Answer]
     verdict: str | None = None
     run: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Defense(Protocol):
