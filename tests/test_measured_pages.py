@@ -124,3 +124,22 @@ def test_a_commands_own_time_and_memory_are_taken(
         with pytest.raises(SystemExit, match=f"export ended with {worse}"):
             command.ran(*arguments)
     assert held.all()
+
+
+def test_what_was_found_against_what_was_planted(commands: tuple[ModuleType, ModuleType]) -> None:
+    import inversion  # beside `commands`
+
+    assert between(inversion.METHOD, "inversion") == inversion.told(inversion.lines())
+
+    def found(seed: int, rank: int | None, *triggers: tuple[str, float, float]) -> dict[str, Any]:
+        told = [{"family": family, "asr": asr, "cosine": cosine} for family, asr, cosine in triggers]
+        about = {"implant": "a", "target": "cat", "seed": seed, "rank": rank, "stands_out": rank == 1, "clean": 0.1}
+        return about | {"found": told}
+
+    stale = found(0, None)
+    one = found(0, 1, ("masked", 0.9, 0.9), ("wave", 1.0, 0.5), ("wave", 0.8, 0.7))
+    other = found(1, 2, ("masked", 1.0, 0.8))
+    head, _, row = inversion.told([stale, one, other]).splitlines()
+    assert head == "| implant | target | its rank | stands out | clean | masked | wave |"
+    assert row == "| a | cat | 1, 2 | no | 0.100 | 0.850 (95) | 0.700 (80) |"
+    assert inversion.told([]) == "Not measured yet."

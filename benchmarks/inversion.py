@@ -1,0 +1,151 @@
+"""What stage 1 found against what was planted: how near each family comes, and where the search ranks the target.
+
+    python benchmarks/inversion.py measure --plan benchmarks/plan.toml --root ../shared --root IMAGES --work WORK
+        looks at the runs of `cbpt` that `bench run` left in WORK, and appends lines to inversion.jsonl
+    python benchmarks/inversion.py table        rewrites what docs/method.md says of it
+
+Counted on images that no run drew. `cosine` is that of the mean feature under the found trigger and under the planted
+one; `clean` is that of the mean clean feature and the latter: what no trigger at all would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from command import append
+from pages import rewrite
+
+from cbpt_guard.bench.table import joined
+
+HERE = Path(__file__).parent
+LINES, METHOD = HERE / "inversion.jsonl", HERE.parent / "docs" / "method.md"
+IMAGES, SHOTS = 512, 16
+Lines = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--plan", type=Path, required=True)
+    measuring.add_argument("--root", type=Path, action="append", required=True)
+    measuring.add_argument("--work", type=Path, required=True)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "measure":
+        for line in measure(args.plan, args.root, args.work):
+            append(LINES, line)
+            print(json.dumps(line), flush=True)
+    else:
+        rewrite(METHOD, {"inversion": told(lines())})
+
+
+def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str, Any]]:
+    """A line for each planted target of each run that lies in the work folder."""
+    from cbpt_guard.bench.plan import Places, Plan
+    from cbpt_guard.bench.suspects import implant_folder, planted_triggers
+
+    plan, places = Plan.read(plan_file), Places(tuple(roots), work)
+    for name, implant in plan.implants.items():
+        folder = implant_folder(plan, name, places)
+        for run in sorted((work / "cells" / folder.name).glob(f"seed*-shots{SHOTS}/purified")):
+            clean = places.find(plan.datasets[implant.dataset].clean)
+            yield from compared(name, run, folder, planted_triggers(implant, folder), clean)
+
+
+def compared(name: str, run_folder: Path, implant: Path, planted: tuple[Any, ...], clean: Path) -> Lines:
+    """A line for each planted target, with all that was found toward it."""
+    import torch
+
+    from cbpt_guard.defense.data import Listing, list_images, load_images
+    from cbpt_guard.defense.found import encode
+    from cbpt_guard.defense.run import PurifyRun
+    from cbpt_guard.defense.suspect import ModelFlags, open_suspect
+
+    run, everything = PurifyRun.open(run_folder), list_images(clean)
+    # of each class the files that sort last and were not drawn
+    drawn = {path.resolve() for files in everything.drawn(SHOTS, run.record.seed).files for path in files}
+    each = max(1, IMAGES // len(everything.classes))
+    unseen = tuple(tuple([p for p in files if p.resolve() not in drawn][-each:]) for files in everything.files)
+    listing = Listing(everything.classes, unseen)
+    clip = open_suspect(implant / "suspect.pt", ModelFlags(), listing, run.record.template, "cpu").clip
+    data, head = load_images(listing, clip.preprocess), run.head().original
+    untouched = encode(clip, data.images)
+    ranks = [candidate.label for candidate in run.record.candidates]
+    found: Lines = []
+    for pair in planted:
+        target = everything.classes.index(pair.target)
+        true = encode(clip, torch.from_numpy(pair.trigger.apply(data.images.numpy())))
+        toward = [one for one in run.bank() if one.target == target]
+        under = [(one.family, encode(clip, data.images, one)) for one in toward]
+        found.append(
+            {
+                "implant": name,
+                "seed": run.record.seed,
+                "target": pair.target,
+                "rank": ranks.index(pair.target) + 1 if pair.target in ranks else None,
+                "stands_out": any(one.label == pair.target and one.stands_out for one in run.record.candidates),
+                "clean": _cosine(untouched, true),
+                "found": [
+                    {
+                        "family": family,
+                        "asr": round(float(head.reached(f, data.labels)[target]), 4),
+                        "cosine": _cosine(f, true),
+                    }
+                    for family, f in under
+                ],
+                "suspect_sha256": run.record.model.source_sha256,
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+    return found
+
+
+def _cosine(one: Any, other: Any) -> float:
+    import torch.nn.functional as F
+
+    return round(float(F.cosine_similarity(one.mean(0), other.mean(0), dim=0)), 4)
+
+
+def lines() -> Lines:
+    """What was measured so far."""
+    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+
+
+def told(measured: Lines) -> str:
+    """Markdown: a row for each implant and target, a column for each family.
+
+    Of several found triggers of a family the nearest counts, of several lines of a seed the last; the mean over seeds.
+    """
+    if not measured:
+        return "Not measured yet."
+    last = {(line["implant"], line["target"], line["seed"]): line for line in measured}
+    families = list(dict.fromkeys(one["family"] for line in last.values() for one in line["found"]))
+    head = ("implant", "target", "its rank", "stands out", "clean", *families)
+    rows = [[line for key, line in last.items() if key[:2] == row] for row in dict.fromkeys(key[:2] for key in last)]
+    return "\n".join([joined(head), joined(["---"] * len(head)), *(joined(_cells(own, families)) for own in rows)])
+
+
+def _cells(own: Lines, families: list[str]) -> Iterator[str]:
+    yield from (own[0]["implant"], own[0]["target"])
+    yield ", ".join(dict.fromkeys(str(line["rank"] or "-") for line in own))
+    yield "yes" if all(line["stands_out"] for line in own) else "no"
+    yield f"{mean(line['clean'] for line in own):.3f}"
+    for family in families:
+        found = [[one for one in line["found"] if one["family"] == family] for line in own]
+        best = [max(several, key=lambda one: float(one["cosine"])) for several in found if several]
+        told = (
+            f"{mean(one['cosine'] for one in best):.3f} ({100 * mean(one['asr'] for one in best):.0f})" if best else "-"
+        )
+        yield told
+
+
+if __name__ == "__main__":
+    main()
