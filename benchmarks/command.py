@@ -8,9 +8,12 @@ import os
 import platform
 import subprocess
 import sys
-import time
+import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cbpt_guard import __version__
 
 
 class Parsers(NamedTuple):
@@ -32,6 +35,17 @@ def parsers(about: str | None) -> Parsers:
     return Parsers(whole, commands, measuring)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of them, none where there is no file."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def stamp() -> dict[str, Any]:
+    """What every line says of where and when it was measured."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"cbpt_guard": __version__, "machine": machine(), "when": when}
+
+
 def append(path: Path, *lines: dict[str, Any]) -> None:
     """Add lines to a file of them."""
     with path.open("a", encoding="utf-8") as file:
@@ -41,6 +55,20 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 def machine() -> str:
     """The machine in words."""
     return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+
+
+# A process starts with the peak memory of the one that started it, so a small one stands between.
+_LAUNCHER = """
+import json, os, sys, time
+started = time.monotonic()
+child = os.fork()
+if not child:
+    os.execv(sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(child, 0)
+with open(sys.argv[1], "w") as told:
+    json.dump([time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss], told)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 class Ran(NamedTuple):
@@ -56,14 +84,13 @@ def ran(*arguments: str | Path) -> Ran:
 
     It may say that a run is not guarded (exit 1); anything worse ends the measurement.
     """
-    started = time.monotonic()
-    process = subprocess.Popen([Path(sys.executable).parent / "cbpt-guard", *arguments])
-    _, status, usage = os.wait4(process.pid, 0)  # of this child alone; RUSAGE_CHILDREN is the largest of all so far
-    seconds = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):
-        raise SystemExit(f"{arguments[0]} ended with {process.returncode}")
-    return Ran(seconds, usage.ru_utime + usage.ru_stime, round(usage.ru_maxrss / 1024))
+    with tempfile.NamedTemporaryFile() as told:
+        command = [Path(sys.executable).parent / "cbpt-guard", *arguments]
+        code = subprocess.run([sys.executable, "-S", "-c", _LAUNCHER, told.name, *command], check=False).returncode
+        if code not in (0, 1):
+            raise SystemExit(f"{arguments[0]} ended with {code}")
+        seconds, cpu_seconds, peak_kb = json.loads(Path(told.name).read_bytes())
+    return Ran(seconds, cpu_seconds, round(peak_kb / 1024))
 
 
 def timed(*arguments: str | Path) -> float:

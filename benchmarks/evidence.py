@@ -14,13 +14,14 @@ import json
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from command import read
 from pages import filled
 
-from cbpt_guard.bench.bars import bars, halves, verdicts
+from cbpt_guard.bench.bars import apart, bars, verdicts
 from cbpt_guard.bench.lines import Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -35,8 +36,12 @@ ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 DEVELOPED_WITH = "tiny-imagenet"
-DEVELOPED_ON = ("badnet", "blended", "sig", "wanet", "badclip", "filter", "two")
-"""Attacks on whose development images a setting of the method was chosen, by docs/notebook.md."""
+SEEN = {
+    "developed on": ("badnet", "blended", "sig", "wanet", "badclip", "filter", "two"),
+    "looked at": ("issba", "trojvqa", "stripe-patch", "full-stripes"),
+}
+"""What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold or
+what anchored rows are taught was chosen; and on which a bound was looked at (what stands out, the fresh masks)."""
 
 
 def main() -> None:
@@ -67,34 +72,37 @@ def parts(lines: list[Line]) -> dict[str, str]:
     logs = [folder / READS for folder in (LINES, ADAPTIVE) if (folder / READS).exists()]
     count = sum(len(log.read_text(encoding="utf-8").splitlines()) for log in logs)
     adaptive = committed(ADAPTIVE, ADAPTIVE_PLAN)
+    named = {line.suspect_sha256 for line in [*lines, *adaptive]}
     return {
         "summary": summary(lines),
         "bars": bars(lines),
-        "halves": halves([line for line in lines if line.dataset == DEVELOPED_WITH], DEVELOPED_ON),
+        "apart": apart([line for line in lines if line.dataset == DEVELOPED_WITH], SEEN),
         "verdicts": verdicts([*lines, *adaptive]),
         "adaptive": table(adaptive),
         "table": table(lines),
         "reads": f"The test images were read by {count} runs of the suite (`{READS}` beside the lines).",
-        "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)])),
+        "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }
 
 
-def plantings(logs: Sequence[Path]) -> Iterator[str]:
-    """What each attack did when it was last planted, by the implants' own records."""
-    texts = [text for log in logs if log.exists() for text in log.read_text(encoding="utf-8").splitlines()]
-    records = {record["implant"]: record for record in map(json.loads, texts)}
+def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:
+    """What each implant did when it was planted, by its own record; those alone whose checkpoint a line names."""
+    records = [record for log in logs for record in read(log) if record["suspect_sha256"] in named]
     if not records:
-        yield "No planting is on record yet."
+        yield "No line names a planting yet."
         return
-    yield joined(("implant", "trigger", "target", "CA, clean model", "CA, poisoned", "ASR", "images", "took"))
-    yield joined(["---"] * 8)
-    for name, record in records.items():
+    yield joined(("implant", "sha256", "trigger", "target", "CA, clean model", "CA, poisoned", "ASR", "images", "took"))
+    yield joined(["---"] * 9)
+    for record in records:
         for report in record["reports"]:
             shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
-            texts = [tame_text(text) for text in (name, report["trigger"], report["target"])]
-            yield joined((*texts, *shares, str(report["images"]), "yes" if record["took"] else "no"))
+            name, trigger, target = (
+                tame_text(text) for text in (record["implant"], report["trigger"], report["target"])
+            )
+            took = "yes" if record["took"] else "no"
+            yield joined((name, record["suspect_sha256"][:8], trigger, target, *shares, str(report["images"]), took))
 
 
 def stated() -> Iterator[str]:

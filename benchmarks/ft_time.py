@@ -14,16 +14,13 @@ import json
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from command import append, machine, parsers, timed
+from command import append, parsers, read, stamp, timed
 from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
-
-from cbpt_guard import __version__
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
@@ -67,9 +64,7 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
         "ft_seconds": round(trained, 1),
         "epochs": FT.epochs,
         "others_cores": round(watch.others(), 2),
-        "cbpt_guard": __version__,
-        "machine": machine(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **stamp(),
     }
 
 
@@ -106,7 +101,7 @@ def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
 
 def lines() -> list[dict[str, Any]]:
     """What was measured so far."""
-    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+    return read(LINES)
 
 
 def told(measured: list[dict[str, Any]]) -> str:

@@ -4,21 +4,21 @@
         looks at the runs of `cbpt` that `bench run` left in WORK, and appends lines to inversion.jsonl
     python benchmarks/inversion.py table        rewrites what docs/method.md says of it
 
-Counted on images that no run drew. `cosine` is that of the mean feature under the found trigger and under the planted
-one; `clean` is that of the mean clean feature and the latter: what no trigger at all would have.
+Counted on images that the run did not draw. `cosine` is that of the mean feature under the found trigger and under the
+planted one; `clean` is that of the mean clean feature and the latter: what no trigger at all would have.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from command import append
+from command import append, read, stamp
 from pages import rewrite
 
 from cbpt_guard.bench.table import joined
@@ -49,18 +49,24 @@ def main() -> None:
 
 def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str, Any]]:
     """A line for each planted target of each run that lies in the work folder."""
+    from cbpt_guard.bench.cell import cells_folder
+    from cbpt_guard.bench.digits import CHECKPOINT
     from cbpt_guard.bench.plan import Places, Plan
     from cbpt_guard.bench.suspects import implant_folder, planted_triggers
 
     plan, places = Plan.read(plan_file), Places(tuple(roots), work)
     for name, implant in plan.implants.items():
         folder = implant_folder(plan, name, places)
-        for run in sorted((work / "cells" / folder.name).glob(f"seed*-shots{SHOTS}/purified")):
+        if not (folder / CHECKPOINT).exists():
+            continue
+        with (folder / CHECKPOINT).open("rb") as file:
+            cells = cells_folder(work, folder.name, hashlib.file_digest(file, "sha256").hexdigest())
+        for run in sorted(cells.glob(f"seed*-shots{SHOTS}/purified")):
             clean = places.find(plan.datasets[implant.dataset].clean)
-            yield from compared(name, run, folder, planted_triggers(implant, folder), clean)
+            yield from compared(name, run, folder / CHECKPOINT, planted_triggers(implant, folder), clean)
 
 
-def compared(name: str, run_folder: Path, implant: Path, planted: tuple[Any, ...], clean: Path) -> Lines:
+def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...], clean: Path) -> Lines:
     """A line for each planted target, with all that was found toward it."""
     import torch
 
@@ -75,7 +81,7 @@ def compared(name: str, run_folder: Path, implant: Path, planted: tuple[Any, ...
     each = max(1, IMAGES // len(everything.classes))
     unseen = tuple(tuple([p for p in files if p.resolve() not in drawn][-each:]) for files in everything.files)
     listing = Listing(everything.classes, unseen)
-    clip = open_suspect(implant / "suspect.pt", ModelFlags(), listing, run.record.template, "cpu").clip
+    clip = open_suspect(suspect, ModelFlags(), listing, run.record.template, "cpu").clip
     data, head = load_images(listing, clip.preprocess), run.head().original
     untouched = encode(clip, data.images)
     ranks = [candidate.label for candidate in run.record.candidates]
@@ -102,7 +108,7 @@ def compared(name: str, run_folder: Path, implant: Path, planted: tuple[Any, ...
                     for family, f in under
                 ],
                 "suspect_sha256": run.record.model.source_sha256,
-                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                **stamp(),
             }
         )
     return found
@@ -116,7 +122,7 @@ def _cosine(one: Any, other: Any) -> float:
 
 def lines() -> Lines:
     """What was measured so far."""
-    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+    return read(LINES)
 
 
 def told(measured: Lines) -> str:

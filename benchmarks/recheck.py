@@ -5,8 +5,9 @@
 A seed draws one attack that took and one rival. The implant is planted anew, CBPT and the rival defend it once more,
 and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread, of counting so many
 images, and of planting anew, taken together. The last is what the undefended CA (for PA, too: both are shares of right
-answers) and ASR of one attack differ by over the committed lines of different plantings. Of a share of 0 or 1 counting
-deviates as with one image more or less. `--work` must be new: nothing that an earlier run made is used.
+answers) and ASR differ by over the committed lines of different plantings of one attack, the largest of all attacks'.
+Of a share of 0 or 1 counting deviates as with one image more or less. `--work` must be new: nothing that an earlier run
+made is used.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def replanted(lines: Sequence[Line], field: str) -> float:
     """The standard deviation of an undefended share over the plantings of one attack, the largest of all attacks'."""
     found: dict[str, set[float]] = {}
     for line in lines:
-        if line.attack not in (CONTROL, OFF):
+        if line.took and line.attack not in (CONTROL, OFF):
             found.setdefault(line.implant, set()).add(getattr(line.undefended, field))
     return max((stdev(shares) for shares in found.values() if len(shares) > 1), default=0.0)
 

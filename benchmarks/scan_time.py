@@ -9,21 +9,18 @@ Both are the command from its start to its end, on the shared suspect and on the
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from command import append, machine, parsers, ran
+from command import append, parsers, ran, read, stamp
 from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
 
-from cbpt_guard import __version__
-
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "scan_time.jsonl", HERE.parent / "docs" / "scan.md"
-MUST = {"suspect-badnet": 3, "mobilenet-clip": 12}
-"""Minutes that a scan may take: where the target shows at once, and in the longer way."""
+MOST_MINUTES = {"suspect-badnet": 3, "mobilenet-clip": 12}
+"""Minutes that we hold a scan to: where the target shows at once, and in the longer way."""
 
 
 def main() -> None:
@@ -31,7 +28,7 @@ def main() -> None:
     parser, _, _ = parsers(__doc__)
     args = parser.parse_args()
     if args.command == "measure":
-        for model in MUST:
+        for model in MOST_MINUTES:
             line = measure(model, args.shared, args.work)
             append(LINES, line)
             print(json.dumps(line))
@@ -50,15 +47,13 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
         "cpu_seconds": round(took.cpu_seconds, 1),
         "peak_mb": took.peak_mb,
         "others_cores": round(watch.others(), 2),
-        "cbpt_guard": __version__,
-        "machine": machine(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **stamp(),
     }
 
 
 def lines() -> list[dict[str, Any]]:
     """What was measured so far."""
-    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+    return read(LINES)
 
 
 def told(measured: list[dict[str, Any]]) -> str:
@@ -68,10 +63,10 @@ def told(measured: list[dict[str, Any]]) -> str:
 
 
 def _told(line: dict[str, Any]) -> str:
-    minutes, most = line["seconds"] / 60, MUST[line["model"]]
+    minutes, most = line["seconds"] / 60, MOST_MINUTES[line["model"]]
     kept = "within" if minutes <= most else "**not within**"
     return (
-        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it may take, {line['peak_mb']} MB "
+        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it is held to, {line['peak_mb']} MB "
         f"({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
     )
 

@@ -15,19 +15,16 @@ import json
 import resource
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from command import append, machine
+from command import append, read, stamp
 from pages import rewrite
-
-from cbpt_guard import __version__
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "stage2_memory.jsonl", HERE.parent / "docs" / "method.md"
 IMAGES, TRIGGERS, EPOCHS = 3200, 4, 3
-FEW, MANY, MUST = 200, 1000, 1.2
+FEW, MANY, MOST = 200, 1000, 1.2
 
 
 def main() -> None:
@@ -62,15 +59,13 @@ def measure(model: Path) -> dict[str, Any]:
         "ratio": round(many / few, 3),
         "few_mb": round(few),
         "many_mb": round(many),
-        "cbpt_guard": __version__,
-        "machine": machine(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **stamp(),
     }
 
 
 def lines() -> list[dict[str, Any]]:
     """What was measured so far."""
-    return [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()] if LINES.exists() else []
+    return read(LINES)
 
 
 def told(measured: list[dict[str, Any]]) -> str:
@@ -78,11 +73,11 @@ def told(measured: list[dict[str, Any]]) -> str:
     if not measured:
         return "Not measured yet."
     last = measured[-1]
-    kept = "which it keeps" if last["ratio"] <= MUST else "which it does **not** keep"
+    kept = "which it keeps" if last["ratio"] <= MOST else "which it does **not** keep"
     sizes = f"at most {last['many_mb']} MB with {MANY} classes and {last['few_mb']} with {FEW}"
     return (
         f"Stage 2 alone on {last['model']}, {IMAGES} images under {TRIGGERS} triggers: {sizes}, {last['ratio']:.2f} "
-        f"times as much; it may take {MUST} times, {kept} ({last['machine']})."
+        f"times as much; it may take {MOST} times, {kept} ({last['machine']})."
     )
 
 

@@ -81,23 +81,21 @@ def standard_error(share: float, count: int) -> float:
 
 
 def bootstrap_interval(share: float, count: int, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of what a share of `count` images becomes when the images are drawn anew, with replacement.
+    """The middle 95 % of what a share of `count` images may be, by the Bayesian bootstrap (Rubin 1981).
 
-    Drawing `count` of `count` hits and misses with replacement is drawing from a binomial distribution, so nothing
-    else is resampled (Efron 1979). A share of 0 or 1 would have an interval without width; there its open end is the
-    exact one (Clopper and Pearson 1934), the share of which such a count is as improbable as what lies outside.
+    Weighing hits and misses anew at random is drawing from a beta distribution, so no image is weighed. Half a hit and
+    half a miss are added (Jeffreys' prior): drawing images anew with replacement would say of no hit among five that
+    there is none among any. A share of 0 or 1 keeps that as its end (Brown, Cai and DasGupta 2001).
 
     Raises:
         InputError: there is no image.
     """
     if count < 1:
         raise InputError("no image to count")
-    unseen = 1 - _OUTSIDE[0] ** (1 / count)
-    if share in (0, 1):
-        return (0.0, unseen) if share == 0 else (1 - unseen, 1.0)
-    drawn = np.random.default_rng(seed).binomial(count, share, _RESAMPLES) / count
+    hits = round(share * count)
+    drawn = np.random.default_rng(seed).beta(hits + 0.5, count - hits + 0.5, _RESAMPLES)
     low, high = np.quantile(drawn, _OUTSIDE)
-    return float(low), float(high)
+    return 0.0 if hits == 0 else float(low), 1.0 if hits == count else float(high)
 
 
 def _checked(predicted: Indices, labels: Indices) -> Indices:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lines import SHARES, line
 
-from cbpt_guard.bench.bars import attacks, bars, halves, verdicts
+from cbpt_guard.bench.bars import apart, attacks, bars, verdicts
 from cbpt_guard.bench.lines import Line, Shares
 
 
@@ -145,15 +145,19 @@ def test_exactly_two_points_lost_are_no_failure_in_floating_point() -> None:
     assert "| guarded | 0 | 1 |" in verdicts([cbpt(ca=0.1798, undefended=undefended)])
 
 
-def test_attacks_that_settings_were_chosen_on_stand_apart() -> None:
+def test_attacks_stand_apart_by_what_was_seen_of_them() -> None:
     lines = [
         *(cbpt("badnet", asr=asr, seed=seed, ca=0.5) for seed, asr in enumerate((0.0, 0.02))),
-        cbpt("sig", asr=0.03, ca=0.48, target_recall=0.3, pa=0.3),
+        cbpt("sig", asr=0.03, ca=0.4792, target_recall=0.3, pa=0.3),
         cbpt("issba", asr=0.04, pa=0.2),
+        cbpt("triangles", asr=0.0, ca=0.4997),
         oracle("badnet", pa=0.5),
         oracle("sig", pa=0.3),
     ]
-    *_, seen, unseen = halves(lines, {"badnet", "sig", "wanet"}).splitlines()
-    assert seen == "| developed on | badnet, sig | 2.0 | 3.0 | -1.0 | -5.0 | 88 |"
-    assert unseen == "| others | issba | 4.0 | 4.0 | 0.0 | 0.0 | - |"
-    assert halves([], {"badnet"}) == "No attack has been measured yet."
+    seen = {"developed on": ("badnet", "sig", "wanet"), "looked at": ("issba",)}
+    assert apart(lines, seen).splitlines()[2:] == [
+        "| developed on | badnet, sig | 2.0 | 3.0 | -1.0 | -5.0 | 88 |",
+        "| looked at | issba | 4.0 | 4.0 | 0.0 | 0.0 | - |",
+        "| never seen | triangles | 0.0 | 0.0 | 0.0 | 0.0 | - |",
+    ]
+    assert apart([], seen) == "No attack has been measured yet."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from commands import assert_refused, blocking, cli, python
 from lines import line
 
-from cbpt_guard.bench.lines import Line, Shares, appending, read_lines
+from cbpt_guard.bench.lines import Line, Shares, append_record, appending, read_lines
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.table import rows, table, wins
 from cbpt_guard.errors import InputError, SetupError
@@ -75,6 +76,19 @@ def test_what_is_no_line_is_refused_by_its_number(file: Path, text: str, words: 
 def test_a_share_that_is_no_number_is_no_line() -> None:
     with pytest.raises(ValueError, match="finite"):
         line(asr=float("nan"))
+
+
+def test_a_record_is_logged_once_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
+    path, first, other = tmp_path / "log.jsonl", {"sha": "1"}, {"sha": "2"}
+    for record in (first, first, other):
+        append_record(path, record)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"sha": "3')
+    append_record(path, first)
+    assert path.read_bytes() == whole
+    assert [json.loads(text) for text in whole.splitlines()] == [first, other]
+    with pytest.raises(SetupError, match="cannot be written"):
+        append_record(tmp_path, first)
 
 
 # the table

@@ -112,8 +112,8 @@ def test_evaluate_prints_both_classifiers(tiny_bundle: Path, data: Path, trigger
     assert result.exit_code == 0, result.stderr
     undefended, guarded = result.stdout.splitlines()
     assert undefended.startswith("undefended\tCA 85.7 [")
-    assert "\tASR 100.0 [47.8, 100.0]\t" in undefended
-    assert "\tASR 0.0 [0.0, 52.2]\t" in guarded
+    assert "\tASR 100.0 [61.4, 100.0]\t" in undefended
+    assert "\tASR 0.0 [0.0, 38.1]\t" in guarded
     assert "7 images, triggered toward 'red'" in result.stderr
     assert "verdict: guarded; flagged: 0.0 % of clean images, 100.0 % of triggered ones" in result.stderr
 

@@ -81,20 +81,20 @@ def test_a_summary_is_the_mean_over_attacks_of_the_means_over_seeds() -> None:
     assert summary([]) == "No attack has been measured yet."
 
 
-def test_the_last_planting_of_each_implant_is_told(commands: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
     evidence, _ = commands
-    report = {"trigger": "a | b", "target": "three", "images": 300, "ca_clean": 0.9, "ca_poisoned": 0.885, "asr": 0.5}
+    report = {"trigger": "a | b", "target": "three", "images": 300, "ca_clean": 0.9, "ca_poisoned": 0.885, "asr": 0.9}
     records = [
-        {"implant": name, "took": took, "reports": [report | {"asr": asr}]}
-        for name, took, asr in (("one", True, 0.9), ("two", False, 0.1), ("one", True, 0.95))
+        {"implant": name, "suspect_sha256": sha * 64, "took": sha != "3", "reports": [report]}
+        for name, sha in (("one", "1"), ("two", "2"), ("one", "3"))
     ]
     (tmp_path / "log").write_text("".join(json.dumps(record) + "\n" for record in records))
-    _, _, *told = evidence.plantings([tmp_path / "log", tmp_path / "none"])
+    _, _, *told = evidence.plantings([tmp_path / "log", tmp_path / "none"], {"1" * 64, "3" * 64, None})
     assert told == [
-        "| one | a \\| b | three | 90.0 | 88.5 | 95.0 | 300 | yes |",
-        "| two | a \\| b | three | 90.0 | 88.5 | 10.0 | 300 | no |",
+        "| one | 11111111 | a \\| b | three | 90.0 | 88.5 | 90.0 | 300 | yes |",
+        "| one | 33333333 | a \\| b | three | 90.0 | 88.5 | 90.0 | 300 | no |",
     ]
-    assert list(evidence.plantings([tmp_path / "none"])) == ["No planting is on record yet."]
+    assert list(evidence.plantings([tmp_path / "log"], {None})) == ["No line names a planting yet."]
 
 
 def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from cbpt_guard.errors import InputError
 from cbpt_guard.metrics import (
@@ -94,11 +95,16 @@ def test_the_bootstrap_interval_is_that_of_drawn_images() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 5000])
 def test_none_of_few_images_is_no_proof_of_none(count: int) -> None:
-    """Exact: so large a share leaves no hit among `count` images once in forty."""
     low, high = bootstrap_interval(0.0, count)
     assert low == 0
-    assert (1 - high) ** count == pytest.approx(0.025)
-    assert bootstrap_interval(1.0, count) == (pytest.approx(1 - high), 1)
+    assert high == pytest.approx(beta.ppf(0.975, 0.5, count + 0.5), rel=0.05)
+    assert bootstrap_interval(1.0, count) == (pytest.approx(1 - high, rel=0.1, abs=0.01), 1)
+
+
+def test_more_hits_have_a_higher_interval() -> None:
+    ends = [bootstrap_interval(hits / 5000, 5000) for hits in range(12)]
+    assert ends == sorted(ends)
+    assert all(low <= hits / 5000 < high for hits, (low, high) in enumerate(ends))
 
 
 @pytest.mark.parametrize(

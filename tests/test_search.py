@@ -192,7 +192,7 @@ def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: 
     order = [5, 2, 0, 1]
     renamed = search(tmp_path, clip)
     renamed.classes = [f"new {c}" for c in order]
-    renamed._head = Head(clip.head.rows[order], 30.0)
+    renamed._subject = replace(renamed._subject, head=Head(clip.head.rows[order], 30.0))
     adopted = adopt(EarlierRun(found), renamed, [])
     assert adopted.suspects == [1]
     assert adopted.candidates[0].label == "new 2"

@@ -24,14 +24,14 @@ from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli
 
 from cbpt_guard import GuardedClassifier, metrics
 from cbpt_guard.bench import cell, counting
-from cbpt_guard.bench.cell import Job, measure
+from cbpt_guard.bench.cell import Job, cells_folder, measure
 from cbpt_guard.bench.counting import FeatureStore, ImageSet
 from cbpt_guard.bench.digits import write_class_folders
 from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, note_planting, nothing, run_suite
+from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, nothing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, plant, planted_triggers, provide
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
@@ -388,13 +388,20 @@ def test_an_implant_is_planted_once_from_its_recipe(plan: Plan, places: Places) 
     assert planting["reports"][0]["images"] > 0
 
 
-def test_each_planting_is_written_down_once(tmp_path: Path) -> None:
-    path, first, again = tmp_path / PLANTINGS, {"suspect_sha256": "1", "took": True}, {"suspect_sha256": "2"}
-    for planting in (first, first, None, again, first):
-        note_planting(path, planting)
-    assert [json.loads(text) for text in path.read_text().splitlines()] == [first, again]
-    with pytest.raises(SetupError, match="cannot be written"):
-        note_planting(tmp_path, first)
+def test_a_planting_is_written_down_beside_the_lines(
+    plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planting = {"implant": "badnet", "suspect_sha256": "1"}
+    answers: dict[str, Any] = {"_plant": planting, "_measure": []}
+    monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: answers[work.__name__])
+    assert run_suite(plan, places, tmp_path / "lines.jsonl") == 0
+    assert [json.loads(text) for text in (tmp_path / PLANTINGS).read_text().splitlines()] == [planting]
+
+
+def test_runs_of_another_planting_lie_elsewhere(tmp_path: Path) -> None:
+    once, again = (cells_folder(tmp_path, "badnet", digit * 64) for digit in "12")
+    assert once != again
+    assert once.parent == again.parent == tmp_path / "cells"
 
 
 def test_triggers_that_aim_elsewhere_than_the_plan_says_are_refused(plan: Plan, places: Places) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
 
@@ -104,21 +104,23 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
         yield _bar(f"ASR with {_FEW} shots, mean of {len(few)}", "5", (mean(few),), mean(few) <= 5)
 
 
-def halves(lines: Sequence[Line], developed: Collection[str]) -> str:
-    """Markdown: the attacks that settings were chosen on beside those that none was, with 16 shots a class.
+def apart(lines: Sequence[Line], seen: Mapping[str, Collection[str]]) -> str:
+    """Markdown: the attacks apart by what the method's development saw of them, with 16 shots a class.
 
-    Every number is a mean over attacks but the worst ASR; PA is the share of the oracle's on the same attacks.
+    `seen` names attacks by kind; the others are those that it never saw. Every number is a mean over attacks but the
+    worst ASR; PA is the share of the oracle's on the same attacks.
     """
     found = attacks(lines, _SHOTS)
     head = ("attacks", "which", "ASR, mean", "ASR, worst", "CA less the undefended", "target's recall less it",
             "PA, % of the oracle's")  # fmt: skip
-    parts = {"developed on": [a for a in found if a.name in developed]}
-    parts["others"] = [a for a in found if a.name not in developed]
-    rows = [joined((name, *_half(part))) for name, part in parts.items() if part]
+    parts = {kind: [attack for attack in found if attack.name in names] for kind, names in seen.items()}
+    known = {name for names in seen.values() for name in names}
+    parts["never seen"] = [attack for attack in found if attack.name not in known]
+    rows = [joined((name, *_part(part))) for name, part in parts.items() if part]
     return "\n".join([joined(head), joined(["---"] * len(head)), *rows]) if rows else "No attack has been measured yet."
 
 
-def _half(part: Sequence[Attack]) -> Iterator[str]:
+def _part(part: Sequence[Attack]) -> Iterator[str]:
     asr = [attack.mean(lambda line: line.asr_worst) for attack in part]
     ca = mean(attack.mean(lambda line: line.ca) - attack.undefended_ca() for attack in part)
     recall = mean(a.mean(lambda line: line.target_recall - line.undefended.target_recall) for a in part)
@@ -127,7 +129,7 @@ def _half(part: Sequence[Attack]) -> Iterator[str]:
     reached = 100 * sum(attack.mean(lambda line: line.pa) for attack in known) / most if most else None
     yield ", ".join(attack.name for attack in part)
     for number in (mean(asr), max(asr), ca, recall):
-        yield f"{number:.1f}"
+        yield _one_digit(number)
     yield "-" if reached is None else f"{reached:.0f}"
 
 
@@ -168,7 +170,11 @@ def _near(attack: Attack) -> bool:
 
 
 def _bar(what: str, must: str, numbers: Sequence[float], kept: bool) -> Bar:
-    return Bar(what, must, ", ".join(f"{number:.1f}" for number in numbers), kept)
+    return Bar(what, must, ", ".join(map(_one_digit, numbers)), kept)
+
+
+def _one_digit(number: float) -> str:
+    return f"{round(number, 1) + 0.0:.1f}"  # -0.04 is shown as 0.0
 
 
 def verdicts(lines: Sequence[Line]) -> str:

@@ -37,6 +37,7 @@ from cbpt_guard.files import write_text
 from cbpt_guard.images import Pixels
 
 _COST = "cost.json"
+_SHORT = 12
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def measure(job: Job) -> list[Line]:
     everything = list_images(job.places.find(dataset.clean))
     shots = everything.drawn(group.shots, group.seed)
     opened = open_suspect(job.suspect.checkpoint, ModelFlags(), shots, plan.template, job.device)
-    task, sha256 = _task(job, shots, opened), opened.record.source_sha256
+    sha256 = opened.record.source_sha256
+    task = _task(job, shots, opened)
     cost, defended = _defend(task, group.defense)
     if job.split == "clean":
         images = ImageSet(everything, shots, task.clip.preprocess)
@@ -131,9 +133,15 @@ def measure(job: Job) -> list[Line]:
     return lines
 
 
+def cells_folder(work: Path, suspect: str, sha256: str) -> Path:
+    """Where the runs of a suspect lie, by the sha256 of its checkpoint: one that was planted anew is another."""
+    return work / "cells" / f"{suspect}-{sha256[:_SHORT]}"
+
+
 def _task(job: Job, shots: Listing, opened: OpenedSuspect) -> Task:
     group = job.group
-    folder = job.places.work / "cells" / job.suspect.name / f"seed{group.seed}-shots{group.shots}"
+    folder = cells_folder(job.places.work, job.suspect.name, opened.record.source_sha256)
+    folder /= f"seed{group.seed}-shots{group.shots}"
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "shots.csv"
     with listing.open("w", newline="", encoding="utf-8") as file:

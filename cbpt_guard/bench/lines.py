@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -160,6 +161,30 @@ def appending(path: Path) -> Iterator[Appender]:
         raise SetupError(f"another command appends to {path}; wait for it or pass another `--out`") from error
     except OSError as error:
         raise SetupError(f"writing {path} failed: {error.strerror}") from error
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append an object as a line of its own to a log that several commands may write, unless it stands there already.
+
+    A last line that a crash tore is cut off first.
+
+    Raises:
+        SetupError: the disk refuses.
+    """
+    text = json.dumps(record).encode()
+    try:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            file.truncate(len(whole))
+            if text not in whole.splitlines():
+                file.write(text + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _parsed(text: bytes, where: str) -> Line:

@@ -91,7 +91,8 @@ class CleanClipSettings(FineTuneSettings):
     """CleanCLIP (arXiv 2303.03323): CLIP's loss plus self-supervision within each modality, equally weighed.
 
     Images are augmented by AutoAugment's policy for ImageNet and texts by word operations, as in the paper, whose
-    published command trains 10 epochs on 250,000 pairs in batches of 64, at 1e-5 after 50 steps of warm-up.
+    published command trains 10 epochs in batches of 64, at 1e-5 after 50 steps of warm-up; on 250,000 pairs, as RVPT's
+    paper has it.
     """
 
     inter: _NotNegative = 1.0

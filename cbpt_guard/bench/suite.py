@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cbpt_guard.bench.lines import Line, appending, read_lines
+from cbpt_guard.bench.lines import Line, append_record, appending, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.errors import CbptGuardError, InputError, SetupError
 
@@ -70,7 +69,9 @@ def run_suite(
             log_read(out.with_name(READS), plan)
         for number, group in enumerate(asked, 1):
             for name in group.implants:
-                note_planting(out.with_name(PLANTINGS), alone(_plant, (plan, name, places, device), start))
+                planting = alone(_plant, (plan, name, places, device), start)
+                if planting is not None:
+                    append_record(out.with_name(PLANTINGS), planting)
             what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
             report(f"{number} of {len(asked)}: {what}")
             lines = alone(_measure, (plan, group, places, split, device), start)
@@ -106,29 +107,14 @@ def missing(plan: Plan, groups: Sequence[Group], out: Path, split: Split) -> lis
 
 def log_read(path: Path, plan: Plan) -> None:
     """Write down that the test images are read now, and by which plan."""
-    line = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "split": "test", "plan": plan.digest}
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise SetupError(f"{path} cannot be written, so the test images are not read: {error.strerror}") from error
+    record = {"when": datetime.now(UTC).isoformat(timespec="microseconds"), "split": "test", "plan": plan.digest}
+    append_record(path, record)
 
 
 def lines_in(folder: Path) -> list[Line]:
     """The lines of all files of lines in a folder, file after file by name."""
     files = [path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS)]
     return [line for path in files for line in read_lines(path)]
-
-
-def note_planting(path: Path, planting: dict[str, Any] | None) -> None:
-    """Write down how a suspect was planted and what it did then, once for each planting; None was planted elsewhere."""
-    try:
-        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if planting is not None and json.dumps(planting) not in known:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(planting) + "\n")
-    except OSError as error:
-        raise SetupError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Callable[[], None]) -> Result:

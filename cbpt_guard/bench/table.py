@@ -110,7 +110,8 @@ def _heading(lines: Sequence[Line]) -> str:
     splits = " and ".join(f"`{name}`" for name in dict.fromkeys(line.split for line in lines))
     return (
         f"In %, on {splits} images ({', '.join(_counted(lines))}); the mean over seeds, and behind ± their standard "
-        "deviation. A number in **bold** is better than CBPT's in the same column."
+        "deviation. A number in **bold** is better than CBPT's in the same column; *it warned* where `purify` found "
+        "the undefended accuracy so near chance that names or preprocessing may not fit."
     )
 
 

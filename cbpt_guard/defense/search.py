@@ -59,9 +59,8 @@ class Search:
     """
 
     def __init__(self, subject: Subject, classes: Sequence[str], seed: int, journal: Parts, progress: Progress) -> None:
-        self._subject, self.classes, self._seed = subject, classes, seed
-        self._clip, self._clean = subject.clip, subject.clean
-        self._head, self._settings = subject.head, subject.settings
+        self._subject, self._settings = subject, subject.settings
+        self.classes, self._seed = classes, seed
         self._journal, self._progress = journal, progress
         order = torch.randperm(len(subject.clean.labels), generator=generator(seed, "probe"))
         self._probe = order[:PROBE]
@@ -138,7 +137,7 @@ class Search:
         known = [one for one in bank if one.family == "wave"]
         if not known:
             return []
-        heard, size = self._heard(), self._clip.image_size
+        heard, size = self._heard(), self._subject.clip.image_size
         fresh = [
             wave for c in sorted({w.target for w in known}) for wave in heard.triggers(c, size, self._settings, rank=1)
         ]
@@ -164,7 +163,7 @@ class Search:
         return lambda progress: self._journal.trigger(name, lambda: make(progress))
 
     def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
-        return together(makings, self._progress, self._clip.device)
+        return together(makings, self._progress, self._subject.clip.device)
 
     def _bank(self, targets: Sequence[int]) -> TriggerBank:
         agnostic = self._agnostic()
@@ -180,7 +179,7 @@ class Search:
         heard, settings = self._heard(), self._settings
         odds = odds_of(heard.best)
         told = [c for c in targets if odds[c] >= settings.stands_out]
-        return [wave for c in told for wave in heard.triggers(c, self._clip.image_size, settings)]
+        return [wave for c in told for wave in heard.triggers(c, self._subject.clip.image_size, settings)]
 
     def _heard(self) -> Heard:
         draws = generator(self._seed, "waves")
@@ -206,12 +205,12 @@ class Search:
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""
         features = self._features(trigger)
-        answers = self._head.logits(features).argmax(1)
+        answers = self._subject.head.logits(features).argmax(1)
         return answers.bincount(minlength=len(self.classes)) / len(answers)
 
     def _reached(self, trigger: FoundTrigger) -> Tensor:
         """How much a trigger reaches each class on the probe images, (C,)."""
-        return self._head.reached(self._features(trigger), self._clean.labels[self._probe])
+        return self._subject.head.reached(self._features(trigger), self._subject.clean.labels[self._probe])
 
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
         triggers = self.toward([(c, "masked") for c in dict.fromkeys(classes)])
@@ -223,8 +222,8 @@ class Search:
 
     def _features(self, trigger: FoundTrigger | None) -> Tensor:
         if trigger is None:
-            return self._clean.features[self._probe]
-        return encode(self._clip, self._clean.images[self._probe], trigger)
+            return self._subject.clean.features[self._probe]
+        return encode(self._subject.clip, self._subject.clean.images[self._probe], trigger)
 
 
 def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Parts, progress: Progress) -> Search:
