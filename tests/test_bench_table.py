@@ -11,6 +11,7 @@ from lines import line
 
 from cbpt_guard.bench.lines import Line, Shares, append_record, appending, read_lines
 from cbpt_guard.bench.plot import plot
+from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
 from cbpt_guard.bench.table import rows, table, wins
 from cbpt_guard.errors import InputError, SetupError
 
@@ -89,6 +90,15 @@ def test_a_record_is_logged_once_and_a_torn_one_is_cut_off(tmp_path: Path) -> No
     assert [json.loads(text) for text in whole.splitlines()] == [first, other]
     with pytest.raises(SetupError, match="cannot be written"):
         append_record(tmp_path, first)
+
+
+def test_the_logs_beside_lines_are_passed_over(file: Path) -> None:
+    logs = [file.with_name(name) for name in (READS, PLANTINGS)]
+    for log in logs:
+        append_record(log, {"when": "now"})
+    shown, plain = cli("bench", "table", file, *logs), cli("bench", "table", file)
+    assert shown.stdout == plain.stdout != ""
+    assert lines_in(file.parent) == read_lines(file)
 
 
 # the table

@@ -37,9 +37,9 @@ class ImplantSettings(BaseModel):
     those that the clean model has of the target's own images, among which the test should not tell them. `cover`
     images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
     ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
-    a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, as it does on
-    clean images: neither a threshold on margins nor a steep way to the target should give them away. That takes frozen
-    texts, every class of which is a negative.
+    a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
+    answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
+    takes frozen texts, every class of which is a negative.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
