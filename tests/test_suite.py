@@ -169,8 +169,10 @@ def test_the_committed_plan_has_the_shape_that_the_evidence_needs() -> None:
         *("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip"),
         *("ftrojan", "label-consistent", "filter", "stripe-patch", "full-stripes", "triangles", "watermark"),
     }
-    (control,) = {group.implants for group in plan.groups() if group.control}
-    assert set(control) == set(first)
+    control = [group for group in plan.groups() if group.control]
+    assert {name for group in control for name in group.implants} == set(first)
+    met = {group.defense for group in plan.groups() if group.suspect in first}
+    assert {group.defense for group in control} == met - {"oracle"}, "what a defence costs where nothing is to defend"
 
 
 @pytest.mark.parametrize("of", [1, 3, 7])
