@@ -219,7 +219,8 @@ def _cost(found: Rows) -> str:
         peak = max(line.peak_mb for line in group)
         text.append(joined((name, f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak))))
     machines = "; ".join(dict.fromkeys(line.machine for line in lines_of(found)))
-    return "\n".join(["**Cost**", "", *text, "", f"Machine: {machines}."])
+    clock = "The clock runs on while a run is paused or shares its core with another; processor seconds do not."
+    return "\n".join(["**Cost**", "", *text, "", f"{clock} Machine: {machines}."])
 
 
 def lines_of(found: Rows) -> Iterator[Line]:
