@@ -11,7 +11,6 @@ planted one; `clean` is that of the mean clean feature and the latter: what no t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,15 +51,14 @@ def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str
     from cbpt_guard.bench.cell import cells_folder
     from cbpt_guard.bench.digits import CHECKPOINT
     from cbpt_guard.bench.plan import Places, Plan
-    from cbpt_guard.bench.suspects import implant_folder, planted_triggers
+    from cbpt_guard.bench.suspects import checkpoint_sha256, implant_folder, planted_triggers
 
     plan, places = Plan.read(plan_file), Places(tuple(roots), work)
     for name, implant in plan.implants.items():
         folder = implant_folder(plan, name, places)
         if not (folder / CHECKPOINT).exists():
             continue
-        with (folder / CHECKPOINT).open("rb") as file:
-            cells = cells_folder(work, folder.name, hashlib.file_digest(file, "sha256").hexdigest())
+        cells = cells_folder(work, folder.name, checkpoint_sha256(folder))
         for run in sorted(cells.glob(f"seed*-shots{SHOTS}/purified")):
             clean = places.find(plan.datasets[implant.dataset].clean)
             yield from compared(name, run, folder / CHECKPOINT, planted_triggers(implant, folder), clean)

@@ -66,7 +66,7 @@ def _told(line: dict[str, Any]) -> str:
     minutes, most = line["seconds"] / 60, MOST_MINUTES[line["model"]]
     kept = "within" if minutes <= most else "**not within**"
     return (
-        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it is held to, {line['peak_mb']} MB "
+        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it is held to, {line['peak_mb']} MiB "
         f"({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
     )
 

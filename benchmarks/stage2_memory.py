@@ -74,10 +74,11 @@ def told(measured: list[dict[str, Any]]) -> str:
         return "Not measured yet."
     last = measured[-1]
     kept = "which it keeps" if last["ratio"] <= MOST else "which it does **not** keep"
-    sizes = f"at most {last['many_mb']} MB with {MANY} classes and {last['few_mb']} with {FEW}"
+    sizes = f"at most {last['many_mb']} MiB with {MANY} classes and {last['few_mb']} with {FEW}"
+    on = f"{last['model']} and {IMAGES} images under {TRIGGERS} triggers"
     return (
-        f"Stage 2 alone on {last['model']}, {IMAGES} images under {TRIGGERS} triggers: {sizes}, {last['ratio']:.2f} "
-        f"times as much; it may take {MOST} times, {kept} ({last['machine']})."
+        f"A process that does stage 2 alone, on {on}, holds {sizes}, torch and the model included: {last['ratio']:.2f} "
+        f"times as much; it may be {MOST} times, {kept} ({last['machine']})."
     )
 
 

@@ -93,7 +93,7 @@ def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
     assert between(scan_time.PAGE, "time") == scan_time.told(scan_time.lines())
     line: dict[str, Any] = {"model": "suspect-badnet", "peak_mb": 900, "machine": "2 cores", "others_cores": 0.04}
     fast, slow = (scan_time.told([line | {"seconds": seconds}]) for seconds in (180.0, 186.0))
-    rest = "the 3 that it is held to, 900 MB (2 cores; other processes took 0.0 cores)"
+    rest = "the 3 that it is held to, 900 MiB (2 cores; other processes took 0.0 cores)"
     assert fast == f"- suspect-badnet: 3.0 min, within {rest}"
     assert slow == f"- suspect-badnet: 3.1 min, **not within** {rest}"
     assert scan_time.told([]) == "Not measured yet."
@@ -104,7 +104,7 @@ def test_the_memory_of_stage_2(commands: tuple[ModuleType, ModuleType]) -> None:
 
     assert between(stage2_memory.METHOD, "memory") == stage2_memory.told(stage2_memory.lines())
     line: dict[str, Any] = {"model": "a", "few_mb": 1000, "many_mb": 1201, "machine": "2 cores"}
-    assert "1.20 times as much; it may take 1.2 times, which it keeps" in stage2_memory.told([line | {"ratio": 1.2}])
+    assert "1.20 times as much; it may be 1.2 times, which it keeps" in stage2_memory.told([line | {"ratio": 1.2}])
     assert "which it does **not** keep" in stage2_memory.told([line | {"ratio": 1.201}])
     assert stage2_memory.told([]) == "Not measured yet."
 

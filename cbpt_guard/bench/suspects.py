@@ -46,8 +46,13 @@ def plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] 
     if not (folder / RECORD).exists():
         return None
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return {"implant": name, "suspect_sha256": checkpoint_sha256(folder), **record}
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """Of the poisoned checkpoint in an implant's folder."""
     with (folder / CHECKPOINT).open("rb") as file:
-        return {"implant": name, "suspect_sha256": hashlib.file_digest(file, "sha256").hexdigest(), **record}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provide(plan: Plan, group: Group, places: Places, counted: Split, device: str) -> Job:
