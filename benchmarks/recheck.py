@@ -47,7 +47,6 @@ def main() -> None:
         sys.exit(f"{args.work} exists; what an earlier run made must not be used")
     lines = committed()
     implant, rival = drawn(lines, args.seed)
-    before = [line for line in lines if line.implant == implant and line.shots == SHOTS]
     sys.stdout.write(f"seed {args.seed} draws {rival} against CBPT on {implant}\n")
     plan = small_plan(Plan.read(PLAN), implant, rival)
     out = args.work / "lines.jsonl"
@@ -55,17 +54,26 @@ def main() -> None:
     run_suite(plan, Places(tuple(args.root), args.work), out, split="test", start=start, report=print)
     again = read_lines(out)
     planted = {name: replanted(lines, field) for name, field in COMPARED.items()}
-    same = [agree(name, [line for line in before if line.defense == name], again, planted) for name in (OURS, rival)]
+    same = [agree(name, before(lines, implant, name), again, planted) for name in (OURS, rival)]
     sys.exit(0 if all(same) else 1)
+
+
+def attacked(lines: Sequence[Line]) -> list[Line]:
+    """The lines of implants that took, at work: neither of the clean model nor of triggers that are off."""
+    return [line for line in lines if line.took and line.shots == SHOTS and line.attack not in (CONTROL, OFF)]
 
 
 def drawn(lines: Sequence[Line], seed: int) -> tuple[str, str]:
     """An implant that took, and a rival that met it."""
-    counted = [line for line in lines if line.took and line.shots == SHOTS and line.attack not in (CONTROL, OFF)]
-    rivals = sorted({(line.implant, line.defense) for line in counted if line.defense not in NO_RIVALS})
+    rivals = sorted({(line.implant, line.defense) for line in attacked(lines) if line.defense not in NO_RIVALS})
     if not rivals:
         sys.exit(f"{LINES.name} holds no rival's line of an attack that took")
     return random.Random(seed).choice(rivals)
+
+
+def before(lines: Sequence[Line], implant: str, defense: str) -> list[Line]:
+    """What was committed of a defence against that implant at work."""
+    return [line for line in attacked(lines) if (line.implant, line.defense) == (implant, defense)]
 
 
 def small_plan(plan: Plan, implant: str, rival: str) -> Plan:
@@ -77,18 +85,17 @@ def small_plan(plan: Plan, implant: str, rival: str) -> Plan:
 def replanted(lines: Sequence[Line], field: str) -> float:
     """The standard deviation of an undefended share over the plantings of one attack, the largest of all attacks'."""
     found: dict[str, set[float]] = {}
-    for line in lines:
-        if line.took and line.attack not in (CONTROL, OFF):
-            found.setdefault(line.implant, set()).add(getattr(line.undefended, field))
+    for line in attacked(lines):
+        found.setdefault(line.implant, set()).add(getattr(line.undefended, field))
     return max((stdev(shares) for shares in found.values() if len(shares) > 1), default=0.0)
 
 
-def agree(defense: str, before: Sequence[Line], again: Sequence[Line], planted: Mapping[str, float]) -> bool:
+def agree(defense: str, earlier: Sequence[Line], again: Sequence[Line], planted: Mapping[str, float]) -> bool:
     """Whether every compared share lies within the stated spread; prints each."""
     (new,) = (line for line in again if line.defense == defense)
     kept = True
     for name in COMPARED:
-        shares = [getattr(line, name) for line in before]
+        shares = [getattr(line, name) for line in earlier]
         least = 1 / new.images
         counting = math.sqrt(2) * standard_error(min(max(mean(shares), least), 1 - least), new.images)
         seeds = stdev(shares) if len(shares) > 1 else 0.0

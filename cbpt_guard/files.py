@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cbpt_guard.errors import CheckError, InputError, SetupError, UnsafeError
 
@@ -87,12 +89,23 @@ def staged(
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def in_turn(out: Path) -> Iterator[None]:
+    """Wait for others that are in turn for the same output, hold `.OUT.turn` beside it.
+
+    Raises:
+        SetupError: the disk refuses.
+    """
+    with _locked(out, "turn", wait=True):
+        yield
+
+
+@contextmanager
+def _locked(out: Path, suffix: str = "lock", *, wait: bool = False) -> Iterator[None]:
     """Hold `.OUT.lock` beside the output, until it is in its place."""
-    path = out.parent / f".{out.name}.lock"
+    path = out.parent / f".{out.name}.{suffix}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle = _hold(path)
+        handle = _hold(path, wait=wait)
     except BlockingIOError as error:
         raise SetupError(f"another command is writing {out}; wait for it or pass another `--out`") from error
     except OSError as error:
@@ -105,11 +118,11 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _hold(path: Path) -> int:
+def _hold(path: Path, *, wait: bool) -> int:
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except BaseException:
@@ -159,6 +172,21 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file; `what` names it in an error, such as `plan`.
+
+    Raises:
+        InputError: it cannot be read, or is no TOML.
+    """
+    try:
+        with path.open("rb") as file:  # read as text, a lone carriage return would end a line; TOML has no such end
+            return tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or arrays 5,000 deep
+        raise InputError(f"{what} {path}: this is no TOML: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,7 +38,8 @@ class ModelEntry(_Frozen):
 
 
 class Suspect(_Frozen):
-    """A suspected target class, and the zero-shot margin in logits above which an image is triggered."""
+    """A suspected target class; an image that answers it is triggered where its unit embedding's dot product with the
+    class's direction exceeds `threshold`."""
 
     label: str
     index: int

@@ -30,7 +30,7 @@ def run(
     out: Annotated[Path, typer.Option(help="The lines; what they hold already is not measured again.")],
     work: Annotated[Path, typer.Option(help="Where implants, features and runs are kept.")],
     root: Annotated[list[Path] | None, typer.Option(help="Where the plan's paths are sought; may be repeated.")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: only that part; no two parts need one implant.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="i/n: only that part; no suspect is in two.")] = "1/1",
     only: Annotated[list[str] | None, typer.Option(help="A suspect, as --dry-run names it; may be repeated.")] = None,
     defense: Annotated[list[str] | None, typer.Option(help="Only this defence; may be repeated.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
@@ -74,7 +74,7 @@ def plot(files: _Files, out: Annotated[Path, typer.Option(help="The picture, an 
 
 
 def _lines(files: list[Path]) -> list[Line]:
-    from cbpt_guard.bench.lines import read_lines
+    from cbpt_guard.bench.lines import read_together
     from cbpt_guard.bench.suite import PLANTINGS, READS
     from cbpt_guard.errors import InputError
 
@@ -82,7 +82,7 @@ def _lines(files: list[Path]) -> list[Line]:
         if not path.is_file():
             raise InputError(f"{path} does not exist; `cbpt-guard bench run` makes it")
     # the logs beside lines hold none: whoever passes `*.jsonl` means the others
-    return [line for path in files if path.name not in (READS, PLANTINGS) for line in read_lines(path)]
+    return read_together(path for path in files if path.name not in (READS, PLANTINGS))
 
 
 def _shard(text: str) -> tuple[int, int]:

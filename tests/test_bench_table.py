@@ -9,7 +9,7 @@ import pytest
 from commands import assert_refused, blocking, cli, python
 from lines import line
 
-from cbpt_guard.bench.lines import Line, Shares, append_record, appending, read_lines
+from cbpt_guard.bench.lines import Line, Shares, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
 from cbpt_guard.bench.table import rows, table, wins
@@ -90,6 +90,18 @@ def test_a_record_is_logged_once_and_a_torn_one_is_cut_off(tmp_path: Path) -> No
     assert [json.loads(text) for text in whole.splitlines()] == [first, other]
     with pytest.raises(SetupError, match="cannot be written"):
         append_record(tmp_path, first)
+
+
+def test_a_cell_that_two_files_hold_is_refused(file: Path) -> None:
+    """Averaged, the two would pass for two seeds."""
+    other = file.with_name("other.jsonl")
+    with appending(other) as append:
+        append([line(seed=7)])
+    assert read_together([file, other]) == [*read_lines(file), line(seed=7)]
+    with appending(other) as append:
+        append([RIVAL.model_copy(update={"asr": 0.4})])
+    with pytest.raises(InputError, match=r"other\.jsonl and .*lines\.jsonl both hold .*probe"):
+        read_together([file, other])
 
 
 def test_the_logs_beside_lines_are_passed_over(file: Path) -> None:
@@ -210,6 +222,20 @@ def test_the_cost_is_told_per_defence() -> None:
     assert "| cbpt | 2 | 2 | 200 | 900 |" in text
 
 
+def test_what_the_control_took_counts_once_though_many_lines_tell_it() -> None:
+    control = [line(attack="none", implant=name, took=None, cpu_seconds=10.0) for name in "abc"]
+    cost = table([line(cpu_seconds=2.0), line(implant="other", cpu_seconds=3.0), *control]).partition("**Cost**")[2]
+    assert "| none | 2 | 3 | 10 | 700 |" in cost
+
+
+def test_development_and_test_images_are_never_averaged() -> None:
+    text = table([line(ca=0.4), line(ca=0.6, split="test")])
+    assert "16 shots a class, `clean` images**" in text
+    assert "16 shots a class, `test` images**" in text
+    assert "| 40.0 |" in text
+    assert "| 60.0 |" in text
+
+
 def test_without_lines_nothing_is_claimed() -> None:
     assert table([]) == "No line has been measured yet."
 
@@ -235,9 +261,23 @@ def test_the_picture_has_the_same_bytes_each_time_and_every_defence(file: Path, 
     pytest.importorskip("matplotlib")
     first = plot(read_lines(file), tmp_path / "a.svg").read_bytes()
     assert plot(read_lines(file), tmp_path / "b.svg").read_bytes() == first
-    assert all(f">{name}</text>".encode() in first for name in ("none", "cbpt", "probe", "digits"))
+    shown = ("none", "cbpt", "probe", "digits, clean images, 16 shots a class")
+    assert all(f">{name}</text>".encode() in first for name in shown)
     moved = plot([line(), *OURS, RIVAL.model_copy(update={"asr": 0.6})], tmp_path / "c.svg").read_bytes()
     assert moved != first
+
+
+def test_only_attacks_that_took_are_drawn_and_other_numbers_of_shots_apart(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = read_lines(file)
+    first = plot(lines, tmp_path / "a.svg").read_bytes()
+    weak = line(implant="weak", took=False, asr=0.0, defense="none")
+    assert plot([*lines, weak], tmp_path / "b.svg").read_bytes() == first
+    few = plot([*lines, line(defense="cbpt", shots=1, asr=0.7)], tmp_path / "c.svg").read_text()
+    assert ">cbpt, 1 shots</text>" in few
+    assert few.count(">cbpt</text>") == 1
+    with pytest.raises(InputError, match="that took"):
+        plot([weak], tmp_path / "d.svg")
 
 
 def test_bench_plot_says_where_the_picture_is(file: Path, tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing class file": (_given("--classes", "nowhere.txt"), ("nowhere.txt cannot be read",)),
     "unknown setting": (_with("s.toml", "[tuning]\nepoch = 3\n", "--settings"), ("s.toml", "tuning.epoch")),
     "impossible setting": (_with("s.toml", "[tuning]\nepochs = 0\n", "--settings"), ("tuning.epochs", "1")),
-    "no toml": (_with("s.toml", "[tuning", "--settings"), ("s.toml are no TOML",)),
+    "no toml": (_with("s.toml", "[tuning", "--settings"), ("s.toml: this is no TOML",)),
     "missing settings": (_given("--settings", "nowhere.toml"), ("nowhere.toml cannot be read",)),
     "template without a name": (_given("--template", "a photo"), ("'a photo' needs exactly one {}",)),
     "template without context": (_given("--template", "{}"), ("no word before the class name", "a photo of a {}")),

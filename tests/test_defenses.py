@@ -479,7 +479,6 @@ def test_both_rules_come_from_one_purified_run(both: tuple[Defended, Defended, i
     features = shot_features(task)
     assert torch.equal(paper.head().answer(features).logits, ours.head().with_rule("prompts").answer(features).logits)
     assert not torch.equal(ours.head().guarded.rows, paper.head().guarded.rows)
-    assert switch.run.stem == prompts.run.stem  # they share what the run cost
 
 
 def test_the_papers_rule_is_judged_by_its_own_numbers(both: tuple[Defended, Defended, int]) -> None:

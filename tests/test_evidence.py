@@ -110,6 +110,15 @@ def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(
         recheck.drawn(others, 0)
 
 
+def test_a_cell_is_compared_with_lines_of_the_implant_at_work_alone(commands: tuple[ModuleType, ModuleType]) -> None:
+    """The same defence with the triggers off, or on the clean model, differs by so much that anything would agree."""
+    _, recheck = commands
+    wanted = [line(defense="coop", seed=seed) for seed in (0, 1)]
+    others = [line(defense="coop", attack=attack) for attack in ("off", "none")]
+    others += [line(defense="coop", shots=4), line(defense="probe"), line(defense="coop", implant="sig")]
+    assert recheck.before([*others, *wanted], "badnet", "coop") == wanted
+
+
 def test_the_small_plan_plants_the_same_implant(commands: tuple[ModuleType, ModuleType]) -> None:
     _, recheck = commands
     plan = Plan.read(recheck.PLAN)

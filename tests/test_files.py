@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cbpt_guard.errors import InputError, SetupError
-from cbpt_guard.files import check_output, holds, partial_path, staged, write_text
+from cbpt_guard.files import check_output, holds, in_turn, partial_path, staged, write_text
 
 
 def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = False) -> None:
@@ -104,6 +104,23 @@ def test_another_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
         assert "SetupError: another command is writing" in other.stderr
         assert (folder / "mine").exists()
     assert contents(out) == {"mine": "x"}
+
+
+def test_another_process_in_turn_waits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"""
+from pathlib import Path
+from cbpt_guard.files import in_turn
+with in_turn(Path({str(out)!r})):
+    print(Path({str(out)!r}).read_text())
+"""
+    with in_turn(out):
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1)
+        out.write_text("made")
+    assert other.communicate(timeout=30)[0] == "made\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 _FULL_DISK = """

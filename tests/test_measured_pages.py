@@ -109,7 +109,10 @@ def test_the_memory_of_stage_2(commands: tuple[ModuleType, ModuleType]) -> None:
     assert stage2_memory.told([]) == "Not measured yet."
 
 
-@pytest.mark.parametrize(("arguments", "worse"), [(("--version",), None), (("export", "--run", "nowhere"), 2)])
+@pytest.mark.parametrize(
+    ("arguments", "worse"),
+    [(("--version",), None), (("export", "--run", "nowhere"), 2), (("verify", str(Path(__file__).parent)), 1)],
+)
 def test_a_commands_own_time_and_memory_are_taken(
     commands: tuple[ModuleType, ModuleType], arguments: tuple[str, ...], worse: int | None
 ) -> None:
@@ -121,9 +124,21 @@ def test_a_commands_own_time_and_memory_are_taken(
         assert 0 < took.cpu_seconds <= 2 * took.seconds * (os.cpu_count() or 1)
         assert 5 < took.peak_mb < 500
     else:
-        with pytest.raises(SystemExit, match=f"export ended with {worse}"):
+        with pytest.raises(SystemExit, match=f"{arguments[0]} ended with {worse}"):
             command.ran(*arguments)
     assert held.all()
+
+
+def test_a_command_that_cannot_start_is_not_measured(
+    commands: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import command  # beside `commands`
+
+    alone = tmp_path / "python"  # no cbpt-guard beside it
+    alone.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(alone))
+    with pytest.raises(SystemExit, match="purify ended with 127"):
+        command.ran("purify")
 
 
 def test_what_was_found_against_what_was_planted(commands: tuple[ModuleType, ModuleType]) -> None:

@@ -59,7 +59,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["tuning", "[tuning\nepochs = 3", "a = 1\na = 2"])
 def test_no_toml_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"settings\.toml are no TOML"):
+    with pytest.raises(InputError, match=r"settings\.toml: this is no TOML"):
         Settings.read(toml(tmp_path, text))
 
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         Settings.read(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="are no TOML"):
+    with pytest.raises(InputError, match="this is no TOML"):
         Settings.read(tmp_path / "binary")
 
 

@@ -146,7 +146,9 @@ def test_a_plan_gives_every_combination_suspects_together(plan: Plan) -> None:
         ("control = true", "control = false", "ask for the same line: clean badnet badnet none 0 8"),
         ("shots = [8]", "shots = [0]", r"cells.0.shots.0: .*greater than or equal to 1"),
         ("off =", "of =", "cells.0.of: Extra inputs"),
-        ("[minutes]", "[minutes", "is no TOML"),
+        ('off = ["none"]', 'off = ["nonee"]', "`off` names 'nonee'"),
+        ('"probe"', '"prob"', "'prob' is no defence; known are none, "),
+        ("[minutes]", "[minutes", "this is no TOML"),
     ],
 )
 def test_a_plan_that_does_not_fit_together_is_refused(
@@ -302,36 +304,34 @@ def test_a_head_over_kept_features_answers_as_the_bundle_does(
     assert by_bundle(None).predicted[: len(part)].tolist() == first
 
 
-def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle_and_pays_once(
+def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle(
     quick_run: Path, quick_bundle: Path, plan: Plan, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported: list[Path] = []
     head = PurifyRun.open(quick_run).head()
 
-    def slow(task: Task) -> Defended:
-        time.sleep(0.05)
-        return quick(task)
-
-    def quick(task: Task) -> Defended:
-        run = task.folder / "purified"
-        if not run.exists():
-            run.symlink_to(quick_run)
-        return Defended(task.clip, head.answer, "guarded", run, ("careful",))
+    def leaving(task: Task) -> Defended:
+        return Defended(task.clip, head.answer, "guarded", quick_run, ("careful",))
 
     def once(run: Path, out: Path, **_: bool) -> Path:
         exported.append(run)
         return quick_bundle
 
     monkeypatch.setattr(cell, "export", once)
-    monkeypatch.setitem(cell.DEFENSES, "slow", slow)
-    monkeypatch.setitem(cell.DEFENSES, "quick", quick)
-    group = plan.groups()[1]
-    (first,) = counted(plan, places, group.model_copy(update={"defense": "slow"}))
-    (second,) = counted(plan, places, group.model_copy(update={"defense": "quick"}))
-    assert (first.verdict, first.warnings) == ("guarded", ("careful",))
-    assert first.flag_triggered == second.flag_triggered
-    assert first.seconds == second.seconds >= 0.05
-    assert [path.resolve() for path in exported] == [quick_run] * 2
+    monkeypatch.setitem(cell.DEFENSES, "leaving", leaving)
+    (line,) = counted(plan, places, plan.groups()[1].model_copy(update={"defense": "leaving"}))
+    assert (line.verdict, line.warnings) == ("guarded", ("careful",))
+    assert exported == [quick_run]
+
+
+def test_the_row_without_a_defence_sees_features_that_were_kept_wrongly(
+    plan: Plan, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = FeatureStore.features
+    monkeypatch.setattr(FeatureStore, "features", lambda *arguments: -kept(*arguments))
+    line, *_ = counted(plan, places, plan.groups()[0])
+    assert line.ca > 0.8
+    assert line.undefended.ca < 0.2
 
 
 def test_a_changed_encoder_is_counted_with_its_own_features(
@@ -398,6 +398,25 @@ def test_a_planting_is_written_down_beside_the_lines(
     monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: answers[work.__name__])
     assert run_suite(plan, places, tmp_path / "lines.jsonl") == 0
     assert [json.loads(text) for text in (tmp_path / PLANTINGS).read_text().splitlines()] == [planting]
+
+
+def test_an_implant_is_asked_for_once_in_a_run(
+    plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "cbpt_guard.bench.suite.alone", lambda work, arguments, start: asked.append(work.__name__) or []
+    )
+    run_suite(plan, places, tmp_path / "lines.jsonl")
+    assert asked == ["_plant", *["_measure"] * len(plan.groups())]
+
+
+def test_an_implant_is_kept_by_its_template_too(plan: Plan, places: Places) -> None:
+    own = plan.implants["badnet"].model_copy(update={"folder": None})
+    first, second = (
+        plan.model_copy(update={"implants": {"badnet": own}, "template": text}) for text in ("a {}", "the {}")
+    )
+    assert implant_folder(first, "badnet", places) != implant_folder(second, "badnet", places)
 
 
 def test_runs_of_another_planting_lie_elsewhere(tmp_path: Path) -> None:
@@ -482,7 +501,7 @@ def _refuse() -> None:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_lines(plan: Plan, root: Path, places: Places) -> None:
-    out, command = places.work / "lines.jsonl", [str(SCRIPT), "bench", "run", "--threads", "1"]
+    out, command = places.work / "lines.jsonl", [str(SCRIPT), "bench", "run", "--threads", str(torch.get_num_threads())]
     for option, value in (("plan", root / "plan.toml"), ("root", root), ("out", out), ("work", places.work)):
         command += [f"--{option}", str(value)]
     first = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

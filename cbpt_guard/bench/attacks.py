@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.trigger import Trigger
 from cbpt_guard.defense.triggers import DRAWINGS
 from cbpt_guard.errors import InputError
+from cbpt_guard.files import read_toml
 from cbpt_guard.problems import problems
 
 _SMALL = 1_000_000  # parameters of an image tower up to which the settings' own defaults suit it
@@ -125,12 +125,7 @@ def read_changes(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, no TOML, or names an unknown or impossible setting.
     """
-    try:
-        changes = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"settings {path} are no TOML: {error}") from error
+    changes = read_toml(path, "settings")
     _validated(changes, f"settings {path}")
     return changes
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import csv
 import os
 import platform
-import resource
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cbpt_guard import __version__
 from cbpt_guard.bench import counting
+from cbpt_guard.bench.clock import Clock, Cost
 from cbpt_guard.bench.counting import Classify, FeatureStore, ImageSet
 from cbpt_guard.bench.defenses import DEFENSES
 from cbpt_guard.bench.lines import OFF, Key, Line, PairShares, Shares
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
+from cbpt_guard.bench.table import UNTOUCHED
 from cbpt_guard.bench.task import Defended, Defense, Task
 from cbpt_guard.classifier import GuardedClassifier
 from cbpt_guard.defense.data import Listing, list_images, load_images
@@ -33,10 +32,8 @@ from cbpt_guard.defense.suspect import Suspect as OpenedSuspect
 from cbpt_guard.defense.triggers import PlantedTrigger, Trigger
 from cbpt_guard.errors import InputError
 from cbpt_guard.export import export
-from cbpt_guard.files import write_text
 from cbpt_guard.images import Pixels
 
-_COST = "cost.json"
 _SHORT = 12
 
 
@@ -60,16 +57,6 @@ class Job:
     planted: dict[str, tuple[PlantedTrigger, ...]]
     split: Split
     device: str
-
-
-class _Cost(BaseModel):
-    """What a purified run took when it was made; a second defence that only reads the run reports the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seconds: float
-    cpu_seconds: float
-    peak_mb: int
 
 
 @dataclass(frozen=True)
@@ -118,11 +105,13 @@ def measure(job: Job) -> list[Line]:
         images = ImageSet(everything, shots, task.clip.preprocess)
     else:
         images = ImageSet(list_images(job.places.find(dataset.test)), None, task.clip.preprocess)
+    if not len(images.labels):
+        raise InputError(f"no image is left to count: {group.shots} shots a class are all that {dataset.clean} has")
     store = FeatureStore(job.places.work / "features", sha256)
     before = counting.remembered(
         counting.by_head(_zero_shot(task.original), lambda trigger: store.features(task.clip, images, trigger))
     )
-    after = counting.remembered(_classifier(defended, task, images, store))
+    after = counting.remembered(_classifier(group.defense, defended, task, images, store))
     lines = []
     for key in plan.keys(group, job.split):
         planted = job.planted[key.implant]
@@ -162,37 +151,23 @@ def _task(job: Job, shots: Listing, opened: OpenedSuspect) -> Task:
     )
 
 
-def _defend(task: Task, name: str) -> tuple[_Cost, Defended]:
+def _defend(task: Task, name: str) -> tuple[Cost, Defended]:
     """Run the defence; peak memory is this process's, which has done nothing else so far."""
-    defense, started, worked = defense_named(name), time.perf_counter(), _cpu_seconds()
-    defended = defense(task)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    cost = _Cost(
-        seconds=round(time.perf_counter() - started, 2),
-        cpu_seconds=round(_cpu_seconds() - worked, 2),
-        peak_mb=peak,
-    )
-    if defended.run is None:
-        return cost, defended
-    kept = defended.run.parent / f"{defended.run.stem}-{_COST}"  # one for `NAME` and for `NAME.RULE`
-    if kept.exists():
-        return _Cost.model_validate_json(kept.read_bytes()), defended
-    write_text(kept, cost.model_dump_json())
-    return cost, defended
+    defense = defense_named(name)
+    timed = replace(task, clock=Clock())
+    defended = defense(timed)
+    return timed.clock.read(), defended
 
 
-def _cpu_seconds() -> float:
-    """What this process and its finished children have computed so far, on all cores."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+def _classifier(name: str, defended: Defended, task: Task, images: ImageSet, store: FeatureStore) -> Classify:
+    """What ships is counted: a bundle where the defence leaves a run, else its head over its own encoder.
 
-
-def _classifier(defended: Defended, task: Task, images: ImageSet, store: FeatureStore) -> Classify:
-    """What ships is counted: a bundle where the defence leaves a run, else its head over its own encoder."""
+    The classifier without a defence meets the images themselves, so that its row tells whether kept features are right.
+    """
     if defended.run is not None:
         bundle = export(defended.run, task.folder / f"{defended.run.name}-bundle", allow_unguarded=True, force=True)
         return counting.by_bundle(GuardedClassifier.load(bundle), images)
-    if defended.clip is task.clip:
+    if defended.clip is task.clip and name != UNTOUCHED:
         return counting.by_head(defended.answer, lambda trigger: store.features(task.clip, images, trigger))
     return counting.by_head(defended.answer, lambda trigger: counting.encoded(defended.clip, images, trigger))
 
@@ -218,7 +193,7 @@ def _line(
     undefended: Shares,
     images: int,
     defended: Defended,
-    cost: _Cost,
+    cost: Cost,
     sha256: str,
 ) -> Line:
     return Line(

@@ -130,6 +130,24 @@ def read_lines(path: Path) -> list[Line]:
     return [line for number, line in enumerate(lines) if last[line.key] == number]
 
 
+def read_together(paths: Iterable[Path]) -> list[Line]:
+    """The lines of several files, file after file.
+
+    Raises:
+        InputError: as `read_lines` raises it, or two files hold the same cell, which would pass for two seeds.
+    """
+    lines: list[Line] = []
+    held: dict[Key, Path] = {}
+    for path in paths:
+        found = read_lines(path)
+        for line in found:
+            if line.key in held:
+                raise InputError(f"{path} and {held[line.key]} both hold {line.key}; pass one of them")
+        lines += found
+        held |= {line.key: path for line in found}
+    return lines
+
+
 class Appender:
     """Appends whole lines to a file that it holds locked."""
 

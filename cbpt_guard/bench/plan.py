@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Key
-from cbpt_guard.bench.settings import settings_of
+from cbpt_guard.bench.settings import SETTINGS, settings_of
 from cbpt_guard.errors import InputError
+from cbpt_guard.files import read_toml
 from cbpt_guard.problems import problems
 
 _SHORT = 16
@@ -134,11 +134,7 @@ class Plan(_Frozen):
             InputError: the file is missing, no TOML, or does not fit together.
         """
         try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError(f"plan {path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"plan {path} is no TOML: {error}") from error
+            return cls.model_validate(read_toml(path, "plan"))
         except ValidationError as error:
             raise InputError(f"plan {path}: {problems(error, 'plan')}") from error
 
@@ -151,6 +147,12 @@ class Plan(_Frozen):
             for name in cells.implants:
                 if name not in self.implants:
                     raise ValueError(f"cells name the implant {name!r}, which the plan lacks")
+            for name in cells.defenses:
+                if name not in SETTINGS and ":" not in name:
+                    raise ValueError(f"{name!r} is no defence; known are {', '.join(SETTINGS)}, and module:name")
+            for name in cells.off:
+                if name not in cells.defenses:
+                    raise ValueError(f"`off` names {name!r}, which is no defence of these cells")
         asked = Counter(key for group in self.groups() for key in self.keys(group, "clean"))
         twice = [key for key, times in asked.items() if times > 1]
         if twice:
@@ -203,7 +205,7 @@ class Plan(_Frozen):
         return [group for group in groups if parts[group.unit] == number - 1]
 
     def hours(self, groups: Sequence[Group]) -> float:
-        """What groups are expected to take, their implants included."""
+        """What groups are expected to take, their implants included; the control's triggers are taken from others'."""
         planted = {group.suspect for group in groups if not group.control}
         minutes = sum(group.minutes for group in groups) + len(planted) * self.minutes.get("implant", 0)
         return minutes / 60

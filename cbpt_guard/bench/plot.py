@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, mode
 from typing import TYPE_CHECKING
 
 from cbpt_guard.bench.lines import CONTROL, Line
@@ -21,6 +21,8 @@ _MARKERS = "oXsDv^<>PH*d"
 def plot(lines: Sequence[Line], out: Path) -> Path:
     """Draw one panel for each data set: clean accuracy against attack success, in %, means over seeds; writes an SVG.
 
+    Attacks that did not take are left out: whatever met them would look like a defence.
+
     Raises:
         InputError: there is nothing to draw, or `out` is no `.svg`.
     """
@@ -29,26 +31,30 @@ def plot(lines: Sequence[Line], out: Path) -> Path:
 
     if out.suffix != ".svg":
         raise InputError(f"the picture is an SVG; {out.name} should end in .svg")
-    found = {row: group for row, group in rows(lines).items() if row.attack != CONTROL}
+    found = rows(line for line in lines if line.attack != CONTROL and line.took is not False)
     if not found:
-        raise InputError("no line of an attack is there to draw; the control alone makes no picture")
-    datasets = list(dict.fromkeys(row.dataset for row in found))
+        raise InputError("no line of an attack that took is there to draw; the control alone makes no picture")
+    panels = list(dict.fromkeys((row.dataset, row.split) for row in found))
     with rc_context({"svg.hashsalt": "cbpt-guard", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(_SIZE[0] * len(datasets), _SIZE[1]), layout="constrained")
-        for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-            _panel(axes, dataset, {row: group for row, group in found.items() if row.dataset == dataset})
+        figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1]), layout="constrained")
+        for axes, (dataset, split) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            here = {row: group for row, group in found.items() if (row.dataset, row.split) == (dataset, split)}
+            _panel(axes, f"{dataset}, {split} images", here)
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out
 
 
-def _panel(axes: Axes, dataset: str, found: Rows) -> None:
-    """A marker for each defence, so that the picture reads without colours, too."""
-    for number, defense in enumerate(dict.fromkeys(row.defense for row in found)):
-        groups = [group for row, group in found.items() if row.defense == defense]
+def _panel(axes: Axes, title: str, found: Rows) -> None:
+    """A marker for each defence, so that the picture reads without colours, too; other numbers of shots apart."""
+    usual = mode(row.shots for row in found)
+    for number, (defense, shots) in enumerate(dict.fromkeys((row.defense, row.shots) for row in found)):
+        groups = [group for row, group in found.items() if (row.defense, row.shots) == (defense, shots)]
         across = [100 * mean(line.asr for line in group) for group in groups]
         up = [100 * mean(line.ca for line in group) for group in groups]
-        axes.scatter(across, up, label=defense, marker=_MARKERS[number % len(_MARKERS)], alpha=0.75)
+        label = defense if shots == usual else f"{defense}, {shots} shots"
+        axes.scatter(across, up, label=label, marker=_MARKERS[number % len(_MARKERS)], alpha=0.75)
     axes.set_xlim(-2, 102)
-    axes.set(xlabel="ASR, %: lower is better", ylabel="CA, %: higher is better", title=dataset)
+    title = f"{title}, {usual} shots a class"
+    axes.set(xlabel="ASR, %: lower is better", ylabel="CA, %: higher is better", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

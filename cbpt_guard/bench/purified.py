@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 from cbpt_guard.bench.settings import CBPT
 from cbpt_guard.bench.task import Defended, Task
@@ -30,18 +31,14 @@ def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
 
 
 def purified_run(task: Task, settings: Settings) -> PurifyRun:
-    """The task's run, made by whichever of the two defences comes first.
+    """The task's run, made by whichever defence comes first.
 
     Raises:
         CheckError: the folder holds a run of other settings, whose numbers would pass for those of these.
     """
     path = task.folder / _RUN
-    if path.exists():
-        run = PurifyRun.open(path)
-        if run.record.settings != settings.model_dump(mode="json"):
-            raise CheckError(f"{path} was made with other settings; remove {task.folder}")
-        return run
-    return purify(
+    make = partial(
+        purify,
         task.checkpoint,
         task.listing,
         out=path,
@@ -51,6 +48,11 @@ def purified_run(task: Task, settings: Settings) -> PurifyRun:
         device=str(task.clip.device),
         progress=task.progress,
     )
+    task.clock.once(path, make)
+    run = PurifyRun.open(path)
+    if run.record.settings != settings.model_dump(mode="json"):
+        raise CheckError(f"{path} was made with other settings; remove {task.folder}")
+    return run
 
 
 def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:

@@ -40,11 +40,14 @@ class Shots:
 def shot_features(task: Task) -> Tensor:
     """Unit features (N, E) of the shots, made once for all defences of the task."""
     path = task.folder / _FEATURES
-    if not path.exists():
+
+    def make() -> None:
         partial = path.with_suffix(".new.npy")
         features = encode(task.clip, task.shots.images, stage="shots", progress=task.progress)
         np.save(partial, features.numpy())
         partial.replace(path)
+
+    task.clock.once(path, make)
     return torch.from_numpy(np.load(path, allow_pickle=False))
 
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cbpt_guard.bench.lines import Line, append_record, appending, read_lines
+from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.errors import CbptGuardError, InputError, SetupError
 
@@ -63,15 +63,16 @@ def run_suite(
         SetupError: a process died, or another command appends to `out`.
     """
     asked = missing(plan, plan.groups() if groups is None else groups, out, split)
-    added = 0
+    added, planted = 0, set[str]()
     with appending(out) as append:
         if split == "test" and asked:
             log_read(out.with_name(READS), plan)
         for number, group in enumerate(asked, 1):
-            for name in group.implants:
+            for name in (name for name in group.implants if name not in planted):
                 planting = alone(_plant, (plan, name, places, device), start)
                 if planting is not None:
                     append_record(out.with_name(PLANTINGS), planting)
+                planted.add(name)
             what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
             report(f"{number} of {len(asked)}: {what}")
             lines = alone(_measure, (plan, group, places, split, device), start)
@@ -112,9 +113,8 @@ def log_read(path: Path, plan: Plan) -> None:
 
 
 def lines_in(folder: Path) -> list[Line]:
-    """The lines of all files of lines in a folder, file after file by name."""
-    files = [path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS)]
-    return [line for path in files for line in read_lines(path)]
+    """The lines of all files of lines in a folder, file after file by name; `InputError` as `read_together` has it."""
+    return read_together(path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS))
 
 
 def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Callable[[], None]) -> Result:

@@ -14,6 +14,7 @@ from cbpt_guard.bench.planting import RECORD, Order, plant_folder
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.triggers import JSON_NAME, PlantedTrigger, load_trigger
 from cbpt_guard.errors import InputError
+from cbpt_guard.files import in_turn
 
 _SHORT = 12
 
@@ -26,27 +27,32 @@ def plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] 
 
     Raises:
         InputError: an attack or a target is unknown, or the images do not fit.
-        SetupError: the disk refuses, or another process plants the same.
+        SetupError: the disk refuses.
     """
     implant = plan.implants[name]
     folder = implant_folder(plan, name, places)
-    if implant.folder is None and not folder.exists():
-        dataset = plan.datasets[implant.dataset]
-        order = Order(
-            model=places.find(dataset.model),
-            attacks=implant.attacks,
-            train=list_images(places.find(dataset.train)),
-            held_out=list_images(places.find(dataset.clean)),
-            seed=implant.seed,
-            changes=implant.recipe,
-            template=plan.template,
-            device=device,
-        )
-        plant_folder(order, folder)
+    if implant.folder is None:
+        with in_turn(folder):  # another shard may want the same triggers
+            if not folder.exists():
+                plant_folder(_order(plan, implant, places, device), folder)
     if not (folder / RECORD).exists():
         return None
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return {"implant": name, "suspect_sha256": checkpoint_sha256(folder), **record}
+
+
+def _order(plan: Plan, implant: Implant, places: Places, device: str) -> Order:
+    dataset = plan.datasets[implant.dataset]
+    return Order(
+        model=places.find(dataset.model),
+        attacks=implant.attacks,
+        train=list_images(places.find(dataset.train)),
+        held_out=list_images(places.find(dataset.clean)),
+        seed=implant.seed,
+        changes=implant.recipe,
+        template=plan.template,
+        device=device,
+    )
 
 
 def checkpoint_sha256(folder: Path) -> str:
@@ -72,7 +78,7 @@ def implant_folder(plan: Plan, name: str, places: Places) -> Path:
     implant = plan.implants[name]
     if implant.folder is not None:
         return places.find(implant.folder)
-    about = (implant.model_dump(mode="json"), plan.datasets[implant.dataset].model_dump(mode="json"))
+    about = (implant.model_dump(mode="json"), plan.datasets[implant.dataset].model_dump(mode="json"), plan.template)
     return places.work / "implants" / f"{name}-{digest(about)[:_SHORT]}"
 
 

@@ -26,18 +26,19 @@ _ACTIVE = re.compile(r"([\\`*_\[\]<>|&!])")
 
 
 class Row(NamedTuple):
-    """Where the lines of several seeds meet: one data set, implant, attack, number of shots and defence."""
+    """Where the lines of several seeds meet: one data set and split, implant, attack, number of shots and defence."""
 
     dataset: str
+    split: str
     implant: str
     attack: str
     shots: int
     defense: str
 
     @property
-    def place(self) -> tuple[str, str, str, int]:
-        """The same without the defence: rows that may be compared."""
-        return self[:4]
+    def block(self) -> tuple[str, str, int]:
+        """What has a table of its own."""
+        return self.dataset, self.split, self.shots
 
 
 Rows = dict[Row, list[Line]]
@@ -51,7 +52,7 @@ def rows(lines: Iterable[Line]) -> Rows:
     counted = [line for line in lines if line.attack != OFF]
     found: Rows = {}
     for line in sorted(counted, key=lambda line: line.seed):
-        row = Row(line.dataset, line.implant, line.attack, line.shots, line.defense)
+        row = Row(line.dataset, line.split, line.implant, line.attack, line.shots, line.defense)
         found.setdefault(row, []).append(line)
     orders = [list(dict.fromkeys(getattr(line, name) for line in counted)) for name in Row._fields]
     return dict(sorted(found.items(), key=lambda item: [o.index(v) for o, v in zip(orders, item[0], strict=True)]))
@@ -91,17 +92,17 @@ def table(lines: Sequence[Line]) -> str:
     if not found:
         return "No line has been measured yet."
     parts = [_heading(lines)]
-    for dataset, shots in dict.fromkeys((row.dataset, row.shots) for row in found):
-        here = {row: group for row, group in found.items() if (row.dataset, row.shots) == (dataset, shots)}
+    several = len({row.split for row in found}) > 1
+    for block in dict.fromkeys(row.block for row in found):
+        here = {row: group for row, group in found.items() if row.block == block}
+        dataset, split, shots = block
+        title = f"{dataset}, {shots} shots a class" + (f", `{split}` images" if several else "")
         attacked = {row: group for row, group in here.items() if row.attack != CONTROL}
         control = {row: group for row, group in here.items() if row.attack == CONTROL}
         if attacked:
-            parts += [f"**{dataset}, {shots} shots a class**", _table(attacked, found)]
+            parts += [f"**{title}**", _table(attacked, found)]
         if control:
-            parts += [
-                f"**{dataset}, {shots} shots a class: the clean model under the same triggers**",
-                _table(control, found),
-            ]
+            parts += [f"**{title}: the clean model under the same triggers**", _table(control, found)]
     parts += [_lost(found), _sanity(lines), _plantings(lines), _cost(found)]
     return "\n\n".join(part for part in parts if part)
 
@@ -207,13 +208,16 @@ def _plantings(lines: Sequence[Line]) -> str:
 
 
 def _cost(found: Rows) -> str:
-    """What each defence took, over all its attacks."""
-    by_defense: dict[str, list[Line]] = {}
+    """What each defence took, over all its attacks; one that many lines tell of, as of the control's, counts once."""
+    by_defense: dict[str, dict[tuple[object, ...], Line]] = {}
     for row, group in found.items():
-        by_defense.setdefault(row.defense, []).extend(group)
+        suspect = row.implant if row.attack != CONTROL else row.dataset
+        own = by_defense.setdefault(row.defense, {})
+        own.update({(row.attack, suspect, line.split, line.shots, line.seed): line for line in group})
     head = ("defence", "seconds, median", "processor seconds, median", "most", "peak memory, MiB")
     text = [joined(head), joined(["---"] * len(head))]
-    for name, group in by_defense.items():
+    for name, of in by_defense.items():
+        group = list(of.values())
         clock, processor = (median(getattr(line, field) for line in group) for field in ("seconds", "cpu_seconds"))
         most = max(line.cpu_seconds for line in group)
         peak = max(line.peak_mb for line in group)

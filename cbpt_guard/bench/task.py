@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from cbpt_guard.bench.clock import Clock
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.head import Answer, Head
@@ -31,6 +32,7 @@ class Task:
         folder: an existing folder of this attack and seed; defences may leave files there for each other.
         planted: the true triggers; only the oracle may look.
         progress: called after every step.
+        clock: what the defence takes; what is left for other defences goes through `clock.once`.
     """
 
     clip: FrozenClip
@@ -43,6 +45,7 @@ class Task:
     folder: Path
     planted: tuple[PlantedTrigger, ...]
     progress: Progress = silent
+    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(frozen=True)

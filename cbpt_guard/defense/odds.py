@@ -15,7 +15,7 @@ _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
 def odds_of(share: Tensor) -> Tensor:
-    """How many times as likely as all else, for shares in [0, 1]; no more than a probe of `PROBE` images can tell."""
+    """How many times as likely as all else, for shares in [0, 1]; that of one is taken as all but one of `PROBE`."""
     share = share.clamp(max=1 - 1 / PROBE)
     return share / (1 - share)
 

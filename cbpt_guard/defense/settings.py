@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cbpt_guard.errors import InputError
+from cbpt_guard.files import read_toml
 from cbpt_guard.manifest import RuleName
 from cbpt_guard.problems import problems
 
@@ -145,11 +145,6 @@ class Settings(_Frozen):
             InputError: the file is missing, no TOML, or names an unknown or impossible setting.
         """
         try:
-            with path.open("rb") as file:  # read as text, a lone carriage return would end a line; TOML has no such end
-                return cls.model_validate(tomllib.load(file))
-        except OSError as error:
-            raise InputError(f"settings {path} cannot be read: {error.strerror}") from error
+            return cls.model_validate(read_toml(path, "settings"))
         except ValidationError as error:
             raise InputError(f"settings {path}: {problems(error)}") from error
-        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or arrays 5,000 deep
-            raise InputError(f"settings {path} are no TOML: {error}") from error
