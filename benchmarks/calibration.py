@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from pages import filled
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from cbpt_guard.bench.attacks import ATTACKS, Attacker, poison, recipe
@@ -36,13 +37,13 @@ from cbpt_guard.bench.digits import (
 from cbpt_guard.bench.implant import implant_all
 from cbpt_guard.bench.poisoning import fine_tune
 from cbpt_guard.cli.machine import prepare_torch
-from cbpt_guard.defense.calibration import FILE, Calibration, Family
+from cbpt_guard.defense.calibration import FILE, SEARCH, Calibration, Family
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
-from cbpt_guard.defense.job import TEMPLATE, Job
+from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.scan import scan
-from cbpt_guard.defense.settings import SearchSettings
+from cbpt_guard.defense.settings import TEMPLATE, SearchSettings
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
 HERE = Path(__file__).parent
@@ -151,6 +152,7 @@ def line(model: Model, source: Source, work: Path) -> Line:
         "images_of_a_class": report.images_of_a_class,
         "template": report.template,
         "config": report.model.config,
+        "search": SEARCH,
         "settings": {name: report.settings["inversion"][name] for name in SearchSettings.model_fields},
         "versions": {"cbpt_guard": report.cbpt_guard, **report.versions},
     }
@@ -178,8 +180,8 @@ def lines() -> list[Line]:
     found = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
     now = SearchSettings().model_dump(mode="json")
     for one in found:
-        if one["settings"] != now:
-            sys.exit(f"{LINES.name}: {one['name']} was scanned with other settings than today's; take its line out")
+        if (one["search"], one["settings"]) != (SEARCH, now):
+            sys.exit(f"{LINES.name}: {one['name']} was scanned otherwise than today; take its line out")
     place = {(model.family, model.name): number for number, model in enumerate(models())}
     return sorted(found, key=lambda one: place[one["family"], one["name"]])
 
@@ -201,6 +203,7 @@ def families(found: list[Line]) -> Iterator[Family]:
         clean, poisoned = (sorted(o["score"] for o in own if (o["attack"] is None) is c) for c in (True, False))
         yield Family(
             name=name,
+            search=own[0]["search"],
             config=own[0]["config"],
             settings=own[0]["settings"],
             template=own[0]["template"],
@@ -216,7 +219,11 @@ def _range(values: list[int]) -> tuple[int, int]:
 
 
 def auroc(found: list[Line]) -> tuple[float, float, float]:
-    """Area under the ROC curve of the score, with the 2.5th and 97.5th percentile of stratified bootstrap resamples."""
+    """Area under the ROC curve of the score, with the 2.5th and 97.5th percentile of stratified bootstrap resamples.
+
+    Where the scores do not overlap every resample says 1. Then the lower end is that of as many independent pairs of
+    a clean and a poisoned model as there are, all in the right order (Clopper and Pearson 1934).
+    """
     clean, poisoned = (np.array([o["score"] for o in found if (o["attack"] is None) is c]) for c in (True, False))
     labels = np.repeat([0, 1], [len(clean), len(poisoned)])
     generator, areas = np.random.default_rng(0), []
@@ -224,13 +231,16 @@ def auroc(found: list[Line]) -> tuple[float, float, float]:
         drawn = [generator.choice(part, len(part)) for part in (clean, poisoned)]
         areas.append(roc_auc_score(labels, np.concatenate(drawn)))
     low, high = np.percentile(areas, [2.5, 97.5])
+    if low == 1:
+        pairs = min(len(clean), len(poisoned))
+        low = binomtest(pairs, pairs).proportion_ci(0.95).low
     return float(roc_auc_score(labels, np.concatenate([clean, poisoned]))), float(low), float(high)
 
 
 def by_part(found: list[Line]) -> str:
     """A row for each family and half: how well scores tell clean from poisoned, and where the true target ranks."""
     rows = [
-        "| models | half | clean | poisoned | AUROC (95 % of resamples) | clean that stand out "
+        "| models | half | clean | poisoned | AUROC (95 %) | clean that stand out "
         "| poisoned that stand out | true target first | in the first three | median seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -299,6 +309,8 @@ def main() -> None:
     if args.command == "page":
         page(check=args.check)
         return
+    if (args.shared is None) != (args.images is None):
+        parser.error("tuned models take both --shared and --images")
     prepare_torch(args.threads)
     measure(args.work, args.shared, args.images, args.part or PARTS)
 

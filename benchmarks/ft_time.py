@@ -82,7 +82,7 @@ def trained_seconds(model: Path, data: Path, work: Path, epochs: int) -> float:
     from cbpt_guard.bench.trainable import TrainableClip
     from cbpt_guard.cli.machine import prepare_torch
     from cbpt_guard.defense.data import list_images, load_images
-    from cbpt_guard.defense.job import TEMPLATE
+    from cbpt_guard.defense.settings import TEMPLATE
     from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
 
     prepare_torch(None)

@@ -59,8 +59,6 @@ SIGNATURE = "model.sig"  # the one file that the manifest cannot list: it signs 
 
 GRAPH_INPUT = "image"
 GRAPH_OUTPUTS = ("logits", "triggered", "logits_original", "embedding")
-LEFT_OUT = -1e4
-"""The guarded logit of a class that the rule leaves out; finite, so that a softmax stays one."""
 
 _GRAPH = ".onnx"
 _REPLACED = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO)  # it is not the plain file that was listed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ def decoders_here() -> int:
 
 def in_batches(
     sources: Iterable[Source], work: Callable[[Source], Result], *, batch_size: int, workers: int
-) -> Iterator[list[Result]]:
+) -> Generator[list[Result]]:
     """`work(source)` of every source, in order, in lists of `batch_size`; the last may be shorter.
 
     At most two batches exist at a time, however long `sources` is, and `sources` is read by the caller's own

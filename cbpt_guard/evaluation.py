@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard import metrics
 from cbpt_guard.classifier import GuardedClassifier
+from cbpt_guard.decoding import decoders_here, in_batches
 from cbpt_guard.errors import CheckError, ImageError, InputError
 from cbpt_guard.images import Pixels, Preprocess, load_image, prepare
 from cbpt_guard.listing import Listing
@@ -93,9 +95,11 @@ def evaluate(
     index = None if target is None else _index(target, names)
     if (trigger is None) != (index is None):
         raise InputError("a trigger and its target belong together: pass both, or none to count CA alone")
-    labels = np.array([label for _, label in _items(listing, names)])
-    clean = _answers(guard, listing, names, None)
-    attacked = None if trigger is None else _answers(guard, listing, names, trigger)
+    paths, labels = _items(listing, names)
+    if index is not None:
+        _check_target(labels, index, names)
+    clean, *attacks = _answers(guard, paths, (None,) if trigger is None else (None, trigger))
+    attacked = attacks[0] if attacks else None
     return Evaluation(
         digest=guard.digest,
         verdict=guard.manifest.verdict,
@@ -116,19 +120,30 @@ def _index(name: str, names: list[str]) -> int:
     return names.index(name)
 
 
-def _items(listing: Listing, names: list[str]) -> list[tuple[Path, int]]:
-    """Each file with its class's place in the bundle."""
+def _items(listing: Listing, names: list[str]) -> tuple[list[Path], metrics.Indices]:
+    """The files, and each one's class's place in the bundle."""
     pairs = zip(listing.classes, listing.files, strict=True)
-    return [(path, _index(name, names)) for name, files in pairs for path in files]
+    items = [(path, _index(name, names)) for name, files in pairs for path in files]
+    return [path for path, _ in items], np.array([label for _, label in items])
 
 
-def _batches(guard: GuardedClassifier, listing: Listing, names: list[str]) -> Iterator[Pixels]:
-    items = _items(listing, names)
-    preprocess = guard.manifest.preprocess
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(items), _BATCH):
-            paths = [path for path, _ in items[start : start + _BATCH]]
-            yield np.stack(list(pool.map(lambda path: _prepared(path, preprocess), paths)))
+def _check_target(labels: metrics.Indices, target: int, names: list[str]) -> None:
+    """A trigger is counted on other classes, and its target's recall on its own."""
+    for there, where in (((labels == target).any(), "of"), ((labels != target).any(), "of any class but")):
+        if not there:
+            raise InputError(f"there is no image {where} the target {names[target]!r} to count")
+
+
+def _answers(guard: GuardedClassifier, paths: list[Path], views: Sequence[Apply | None]) -> list[_Answers]:
+    """Answers for the images as they are (None) or triggered, a batch at a time, decoded while the graph runs."""
+    prepared = partial(_prepared, preprocess=guard.manifest.preprocess)
+    parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in views]
+    with closing(in_batches(paths, prepared, batch_size=_BATCH, workers=decoders_here())) as batches:
+        for batch in batches:
+            images = np.stack(batch)
+            for part, view in zip(parts, views, strict=True):
+                part.append(_answered(guard, images if view is None else view(images)))
+    return [_Answers(*(np.concatenate(column) for column in zip(*part, strict=True))) for part in parts]
 
 
 def _prepared(path: Path, preprocess: Preprocess) -> Pixels:
@@ -138,14 +153,11 @@ def _prepared(path: Path, preprocess: Preprocess) -> Pixels:
         raise ImageError(f"{path}: {error}") from error
 
 
-def _answers(guard: GuardedClassifier, listing: Listing, names: list[str], trigger: Apply | None) -> _Answers:
-    parts = []
-    for images in _batches(guard, listing, names):
-        outputs = guard.run(images if trigger is None else trigger(images))
-        if not (np.isfinite(outputs.logits).all() and np.isfinite(outputs.logits_original).all()):
-            raise CheckError("the graph answered with numbers that are not finite")
-        parts.append((outputs.logits_original.argmax(1), outputs.logits.argmax(1), outputs.triggered))
-    return _Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+def _answered(guard: GuardedClassifier, images: Pixels) -> tuple[np.ndarray, ...]:
+    outputs = guard.run(images)
+    if not (np.isfinite(outputs.logits).all() and np.isfinite(outputs.logits_original).all()):
+        raise CheckError("the graph answered with numbers that are not finite")
+    return outputs.logits_original.argmax(1), outputs.logits.argmax(1), outputs.triggered
 
 
 def _shares(

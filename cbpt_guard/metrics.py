@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cbpt_guard.errors import InputError
 
 Indices = npt.NDArray[np.integer]
+_ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
 _RESAMPLES, _OUTSIDE = 10_000, (0.025, 0.975)
 
 
@@ -71,6 +72,11 @@ def class_recall(predicted: Indices, labels: Indices, index: int) -> float:
     """Share of the clean images of one class predicted as it; raises as CA does."""
     own = labels == index
     return _share(_checked(predicted, labels)[own], labels[own])
+
+
+def exceeds(share: float, bound: float) -> bool:
+    """Whether a share, or a difference of two, lies above its bound: by more than floating point adds to fractions."""
+    return share > bound + _ROUNDING
 
 
 def standard_error(share: float, count: int) -> float:

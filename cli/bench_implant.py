@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.show import live, note, one_line, percent, table
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def implant(
     settings: Annotated[
         Path | None, typer.Option(help="Numbers that differ from the attack's own, a TOML file.")
     ] = None,
-    template: Annotated[str, typer.Option(help="The prompt, with {} for the class name.")] = "a photo of a {}.",
+    template: options.Template = options.TEMPLATE,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,

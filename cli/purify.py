@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbpt_guard.cli import options
-from cbpt_guard.cli.candidates import show_candidates
+from cbpt_guard.cli.findings import show_candidates, show_model
 from cbpt_guard.cli.show import live, note, one_line, percent, plain, table
 
 if TYPE_CHECKING:
@@ -90,11 +90,7 @@ def purify(
 def show_run(run: PurifyRun) -> None:
     """Model, candidates, triggers, classes and the verdict, on stderr."""
     record, metrics = run.record, run.metrics
-    note(one_line(f"model: {record.model.architecture} from {record.model.source} ({record.model.form})"))
-    for what, how in record.model.resolved.items():
-        note(one_line(f"  {what}: {how}"))
-    for text in (*record.model.notes, *record.warnings):
-        note(one_line(f"  note: {text}"))
+    show_model(record.model, record.warnings)
     if record.data.without_images:
         note(f"classes without images keep their original rows: {', '.join(map(one_line, record.data.without_images))}")
     if record.data.skipped:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_guard.cli import options
-from cbpt_guard.cli.candidates import show_candidates
+from cbpt_guard.cli.findings import show_candidates, show_model
 from cbpt_guard.cli.show import live, note, one_line
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def scan(
 
 
 def _show(report: ScanReport) -> None:
-    for text in report.warnings:
-        note(one_line(f"note: {text}"))
+    show_model(report.model, report.warnings)
     if report.skipped:
         note(f"{len(report.skipped)} images could not be read and were left out")
     show_candidates(report.candidates, report.settings["inversion"])

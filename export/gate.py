@@ -14,7 +14,7 @@ from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError
 from cbpt_guard.images import Pixels
 from cbpt_guard.manifest import Gate
-from cbpt_guard.metrics import attack_success_rate, clean_accuracy
+from cbpt_guard.metrics import attack_success_rate, clean_accuracy, exceeds
 from cbpt_guard.session import Outputs, Session
 
 _CHUNK = 128
@@ -77,14 +77,14 @@ def check_gate(
     Raises:
         CheckError: it lets a found trigger through, or loses clean accuracy.
     """
-    if gate.found_trigger_asr is not None and gate.found_trigger_asr > bounds.found_asr:
+    if gate.found_trigger_asr is not None and exceeds(gate.found_trigger_asr, bounds.found_asr):
         raise CheckError(
             f"{name} does not pass its gate: found-trigger ASR {gate.found_trigger_asr:.1%} on "
             f"{gate.images} held-out images, at most {bounds.found_asr:.1%} is allowed"
         )
     before = gate.clean_accuracy_original if undefended is None else undefended
     loss = before - gate.clean_accuracy
-    if loss > bounds.accuracy_loss:
+    if exceeds(loss, bounds.accuracy_loss):
         raise CheckError(
             f"{name} does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
             f"held-out images, at most {bounds.accuracy_loss:.1%} is allowed"

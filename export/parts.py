@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -39,19 +38,12 @@ def read_parts(run: PurifyRun) -> Parts:
     if not (run.path / PROMPTS).is_file():
         raise InputError(f"{run.path / PROMPTS} is missing: {run.path} is no finished run")
     graph = GuardedGraph(run.image_encoder(), run.head())
-    images, labels = _samples(run)
+    images, labels = run.samples()
     parts = Parts(graph, images, labels, run.bank(), _bounds(run))
     _check_head(run, graph.head)
     _check_samples(run, parts)
     _check_bank(run, parts)
     return parts
-
-
-def _samples(run: PurifyRun) -> tuple[Pixels, npt.NDArray[np.int64]]:
-    try:
-        return run.samples()
-    except BadZipFile as error:
-        raise InputError(f"{run.path / SAMPLES} is malformed: {error}") from error
 
 
 def _bounds(run: PurifyRun) -> VerdictSettings:

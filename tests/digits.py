@@ -17,7 +17,7 @@ from cbpt_guard.bench.implant import ImplantReport, implant
 from cbpt_guard.bench.task import Task
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import Listing, load_images
-from cbpt_guard.defense.job import TEMPLATE
+from cbpt_guard.defense.settings import TEMPLATE
 from cbpt_guard.defense.suspect import zero_shot_head
 from cbpt_guard.defense.triggers import PlantedTrigger, Trigger, patch, save_trigger
 

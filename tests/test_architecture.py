@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cbpt_guard.defense import fit, openclip
 from cbpt_guard.defense.architecture import BESIDE, Accuracy, ModelSpec, resolve_model
-from cbpt_guard.defense.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError
 
 torch.set_num_threads(1)

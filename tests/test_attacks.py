@@ -33,7 +33,7 @@ from cbpt_guard.bench.steganography import SteganographySettings, train_steganog
 from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.patch import Patch
+from cbpt_guard.defense.planted.patch import Patch
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.suspect import zero_shot_head
 from cbpt_guard.defense.triggers import Trigger, load_trigger, patch, save_trigger

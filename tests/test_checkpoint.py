@@ -21,9 +21,10 @@ import torch
 from small_clips import PREPROCESS_CFG, RESNET, VIT, hugging_face, model, save, weights
 from torch import Tensor
 
-from cbpt_guard.defense import layouts, reader, sandbox
-from cbpt_guard.defense.checkpoint import ReadCheckpoint, read_checkpoint
-from cbpt_guard.defense.sandbox import Limits
+from cbpt_guard.defense import layouts
+from cbpt_guard.defense.untrusted import reader, sandbox
+from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
+from cbpt_guard.defense.untrusted.sandbox import Limits
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError, SetupError
 
 torch.set_num_threads(1)
@@ -273,7 +274,7 @@ def test_missing_room_names_the_variable(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cbpt_guard.defense.checkpoint._private_copy", full)
+    monkeypatch.setattr("cbpt_guard.defense.untrusted.checkpoint._private_copy", full)
     with pytest.raises(SetupError, match="point TMPDIR elsewhere"):
         read_checkpoint(save({"w": torch.ones(1)}, tmp_path / "x.pt"))
 
@@ -318,7 +319,7 @@ def test_the_child_dies_with_its_parent(reads: bool, tmp_path: Path) -> None:
     """While it reads, and before that, while it still imports: a module that never gets further stands for torch."""
     (tmp_path / "loading.py").write_text(LOADING, encoding="utf-8")
     module, source = (reader.__name__, endless(tmp_path / "x.pt")) if reads else ("loading", tmp_path / "x.pt")
-    script = "import sys; from pathlib import Path; from cbpt_guard.defense import sandbox\n"
+    script = "import sys; from pathlib import Path; from cbpt_guard.defense.untrusted import sandbox\n"
     script += "here = sandbox.child_environment\n"
     script += "sandbox.child_environment = lambda folder: here(folder) | {'PYTHONPATH': sys.argv[3]}\n"
     script += "sandbox.run_confined(sys.argv[2], Path(sys.argv[1]), 1, sandbox.Limits(seconds=60))"

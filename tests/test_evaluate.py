@@ -17,7 +17,7 @@ from cbpt_guard.defense.triggers import Patch, save_trigger
 from cbpt_guard.errors import CheckError, ImageError, InputError
 from cbpt_guard.evaluation import Evaluation, evaluate
 from cbpt_guard.images import Pixels
-from cbpt_guard.listing import list_images
+from cbpt_guard.listing import Listing, list_images
 
 REDDISH, GREEN, BLUE = (230, 40, 40), (0, 200, 0), (0, 0, 250)
 PICTURES = {"red": [REDDISH, REDDISH], "green": [GREEN, GREEN, GREEN], "blue": [BLUE, GREEN]}
@@ -87,7 +87,8 @@ def test_answers_are_those_that_a_service_gets(exported: Path, tmp_path: Path) -
         (None, {"target": "pink", "trigger": np.copy}, InputError, "'pink' is no class"),
         (None, {"trigger": np.copy}, InputError, "belong together"),
         (None, {"target": "red"}, InputError, "belong together"),
-        (None, {"target": "grey", "trigger": np.copy}, InputError, "no image to count"),
+        (None, {"target": "grey", "trigger": np.copy}, InputError, "no image of the target 'grey' to count"),
+        ("red alone", {"target": "red", "trigger": np.copy}, InputError, "no image of any class but the target 'red'"),
         (None, {"target": "red", "trigger": np.zeros_like}, CheckError, "not finite"),
         ("bad", {}, ImageError, r"blue/0\.png: .*no image of"),
         (None, {"target": "nope", "trigger": np.copy}, InputError, r"it answers '[a-z]+', '"),
@@ -100,8 +101,11 @@ def test_what_cannot_be_counted_is_refused(
         (data / "blue").rename(data / "pink")
     if change == "bad":
         (data / "blue" / "0.png").write_text("text")
+    listing = list_images(data)
+    if change == "red alone":
+        listing = Listing(("red",), (listing.files[listing.classes.index("red")],))
     with pytest.raises(error, match=words):
-        evaluate(GuardedClassifier.load(tiny_bundle), list_images(data), **given)
+        evaluate(GuardedClassifier.load(tiny_bundle), listing, **given)
 
 
 # the command

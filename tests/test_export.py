@@ -267,6 +267,13 @@ def test_the_gate_sees_lost_accuracy() -> None:
         gate.check_gate(lost, VerdictSettings())
 
 
+def test_a_loss_of_just_the_bound_passes_the_gate() -> None:
+    """0.54 - 0.52 is above 0.02 in floating point."""
+    kept = Gate(images=100, clean_accuracy=0.52, clean_accuracy_original=0.54, found_trigger_asr=None)
+    assert kept.clean_accuracy_original - kept.clean_accuracy > VerdictSettings().accuracy_loss
+    gate.check_gate(kept, VerdictSettings())
+
+
 def test_a_run_that_fails_its_gate_is_refused_unless_allowed(
     own_run: Path, tmp_path: Path, quick: Callable[..., Path]
 ) -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from small_clips import VIT, model, save
 
-from cbpt_guard.defense import reader, torchscript
-from cbpt_guard.defense.checkpoint import read_checkpoint
+from cbpt_guard.defense.untrusted import reader, torchscript
+from cbpt_guard.defense.untrusted.checkpoint import read_checkpoint
 from cbpt_guard.errors import UnsafeError
 
 

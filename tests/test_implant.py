@@ -34,7 +34,7 @@ from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.openclip import Tokenizer, build
-from cbpt_guard.defense.overlay import blended
+from cbpt_guard.defense.planted.overlay import blended
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
 from cbpt_guard.defense.triggers import patch

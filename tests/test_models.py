@@ -21,10 +21,10 @@ from cbpt_guard.bench.families import FAMILIES, Family, Made, few_steps, preproc
 from cbpt_guard.defense import openclip, suspect
 from cbpt_guard.defense.clip import TextTower
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
-from cbpt_guard.defense.job import TEMPLATE
 from cbpt_guard.defense.openclip import ModelConfig, Tokenizer
 from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.settings import TEMPLATE
 from cbpt_guard.errors import CheckpointError, InputError
 from cbpt_guard.export import export, write
 from cbpt_guard.images import Preprocess

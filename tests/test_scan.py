@@ -14,7 +14,7 @@ from quick_cbpt import SETTINGS, purified
 
 from cbpt_guard.cli import show
 from cbpt_guard.defense import scan as scanning
-from cbpt_guard.defense.calibration import Calibration, Family, Looked, calibration
+from cbpt_guard.defense.calibration import SEARCH, Calibration, Family, Looked, calibration
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.scan import ScanReport, scan
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAMILY = Family(
     name="small ones",
+    search=SEARCH,
     config={"embed_dim": 64},
     settings=SearchSettings(),
     template="a photo of a {}.",
@@ -142,6 +143,7 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
     assert families.standing(1.0, looked) == FAMILY.standing(1.0)
     others: dict[str, dict[str, Any]] = {
         "no model of this architecture": {"config": {"embed_dim": 32}},
+        "another version of the search": {"search": SEARCH + 1},
         "with other settings": {"settings": SearchSettings(epsilon=0.1)},
         "or another template": {"template": "{}"},
         "12 classes, where the family was scanned for 10": {"classes": 12},

@@ -18,11 +18,11 @@ from cbpt_guard.defense.inversion import invert_toward
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.pictures import as_image
+from cbpt_guard.defense.planted.warp import moved, wanet
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet
-from cbpt_guard.defense.warp import moved, wanet
 
 TARGET = 2
 SETTINGS = InversionSettings(masked_steps=10, additive_steps=40, agnostic_steps=5)

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from cbpt_guard.bench.digits import load_digits_split
 from cbpt_guard.bench.steganography import SteganographySettings, Trained, likeness, train_steganography
-from cbpt_guard.defense.steganographic import BITS, WEIGHTS_NAME, Steganographic
+from cbpt_guard.defense.planted.steganographic import BITS, WEIGHTS_NAME, Steganographic
 from cbpt_guard.defense.triggers import load_trigger, save_trigger
 from cbpt_guard.errors import InputError
 

@@ -28,9 +28,12 @@ CARRIERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudp
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 READERS = {"load", "loads", "Unpickler", "dump", "dumps", "Pickler"}
 KNOWN = {
-    ("defense/pickles.py", "imports pickle"): "for the error that torch's restricted unpickler raises",
-    ("defense/torchscript.py", "imports pickle"): "for an unpickler whose find_class knows modules without behaviour",
-    ("defense/torchscript.py", "uses pickle.Unpickler"): "the base of that class",
+    ("defense/untrusted/pickles.py", "imports pickle"): "for the error that torch's restricted unpickler raises",
+    (
+        "defense/untrusted/torchscript.py",
+        "imports pickle",
+    ): "for an unpickler whose find_class knows modules without behaviour",
+    ("defense/untrusted/torchscript.py", "uses pickle.Unpickler"): "the base of that class",
 }
 
 

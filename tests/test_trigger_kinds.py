@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbpt_guard.defense.filter import Filter, nashville
-from cbpt_guard.defense.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
-from cbpt_guard.defense.overlay import Overlay, blended, full_stripes, triangles, watermark
-from cbpt_guard.defense.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
-from cbpt_guard.defense.warp import Warp, flow, wanet
-from cbpt_guard.defense.wave import Wave, sig
+from cbpt_guard.defense.planted.filter import Filter, nashville
+from cbpt_guard.defense.planted.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
+from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
+from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.warp import Warp, flow, wanet
+from cbpt_guard.defense.planted.wave import Wave, sig
 from cbpt_guard.errors import InputError
 
 

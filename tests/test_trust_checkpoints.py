@@ -27,9 +27,9 @@ from figures import Figures
 from hostile import Canary, Case, saved, system, write_corpus
 from PIL import Image
 
-from cbpt_guard.defense import checkpoint, sandbox
-from cbpt_guard.defense.checkpoint import read_checkpoint
-from cbpt_guard.defense.sandbox import Limits
+from cbpt_guard.defense.untrusted import checkpoint, sandbox
+from cbpt_guard.defense.untrusted.checkpoint import read_checkpoint
+from cbpt_guard.defense.untrusted.sandbox import Limits
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError, UnsafeError
 
 pytestmark = pytest.mark.trust
@@ -80,8 +80,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
 JUDGE = """
 import json, resource, sys
 from pathlib import Path
-from cbpt_guard.defense import reader
-from cbpt_guard.defense.sandbox import confine
+from cbpt_guard.defense.untrusted import reader
+from cbpt_guard.defense.untrusted.sandbox import confine
 confine(1 << 30, 900)
 for path in sys.stdin.read().splitlines():
     report = reader.report_on(Path(path))
@@ -247,7 +247,7 @@ def test_a_claim_of_ten_gigabytes_costs_little(
     code = """
 import resource, sys
 from pathlib import Path
-from cbpt_guard.defense.checkpoint import read_checkpoint
+from cbpt_guard.defense.untrusted.checkpoint import read_checkpoint
 from cbpt_guard.errors import CheckpointError
 for path in sys.argv[1:]:
     try:
@@ -439,8 +439,9 @@ FLIPS = """
 import json, random, sys
 from pathlib import Path
 import safetensors.torch
-from cbpt_guard.defense import layouts, reader
-from cbpt_guard.defense.sandbox import confine
+from cbpt_guard.defense import layouts
+from cbpt_guard.defense.untrusted import reader
+from cbpt_guard.defense.untrusted.sandbox import confine
 from cbpt_guard.errors import CbptGuardError
 confine(1 << 30, 3000)
 for source in map(Path, sys.argv[2:]):

@@ -50,7 +50,7 @@ implants = ["patch"]
 defenses = ["none"]
 shots = [8]
 """
-READER = f"{HOOK}\nfrom pathlib import Path\nfrom cbpt_guard.defense.reader import report_on\n"
+READER = f"{HOOK}\nfrom pathlib import Path\nfrom cbpt_guard.defense.untrusted.reader import report_on\n"
 LIBRARY = f"""{HOOK}
 from cbpt_guard import GuardedClassifier
 guard = GuardedClassifier.load(sys.argv[1], threads=1)
@@ -144,7 +144,7 @@ def test_remote_names_in_a_config_are_refused_and_not_looked_up(tmp_path: Path, 
     code = f"""{HOOK}
 import json
 from pathlib import Path
-from cbpt_guard.defense import checkpoint, reader
+from cbpt_guard.defense.untrusted import checkpoint, reader
 from cbpt_guard.defense.architecture import resolve_model
 from cbpt_guard.defense.openclip import Tokenizer
 from cbpt_guard.errors import CbptGuardError

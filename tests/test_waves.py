@@ -17,12 +17,12 @@ from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.found import TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.planted.wave import sig
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.suspect import zero_shot_head
-from cbpt_guard.defense.wave import sig
 from cbpt_guard.defense.waves import Heard, count_waves, heard_images, listen, wave
 
 if TYPE_CHECKING:

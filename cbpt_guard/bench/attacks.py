@@ -16,8 +16,8 @@ from cbpt_guard.bench.poisoning import LARGER, ImplantSettings, Poison
 from cbpt_guard.bench.steganography import train_steganography
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages
+from cbpt_guard.defense.planted.trigger import Trigger
 from cbpt_guard.defense.progress import Progress, silent
-from cbpt_guard.defense.trigger import Trigger
 from cbpt_guard.defense.triggers import DRAWINGS
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import read_toml

@@ -24,10 +24,9 @@ from cbpt_guard.defense import openclip
 from cbpt_guard.defense.clip import FrozenClip, ImageEncoder, to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.job import TEMPLATE
 from cbpt_guard.defense.modelconfig import PREPROCESSING, build_preprocess, image_size
 from cbpt_guard.defense.openclip import ModelConfig, Tokenizer
-from cbpt_guard.defense.settings import InversionSettings, Settings, TuningSettings
+from cbpt_guard.defense.settings import TEMPLATE, InversionSettings, Settings, TuningSettings
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.images import Preprocess
 

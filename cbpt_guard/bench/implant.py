@@ -22,7 +22,6 @@ from cbpt_guard.errors import InputError
 __all__ = ["ImplantReport", "ImplantSettings", "Implanted", "Poison", "implant", "implant_all", "predict", "triggered"]
 
 LEAST_ASR, MOST_LOST = 0.80, 0.03
-_ROUNDING = 1e-9  # 0.90 - 0.87 is a little more than 0.03 in floating point
 
 
 class ImplantReport(BaseModel):
@@ -41,7 +40,7 @@ class ImplantReport(BaseModel):
     @property
     def took(self) -> bool:
         """Whether the attack counts: ASR at least 80 %, CA at most 3 points below the clean model's."""
-        return self.asr >= LEAST_ASR and self.ca_clean - self.ca_poisoned <= MOST_LOST + _ROUNDING
+        return self.asr >= LEAST_ASR and not metrics.exceeds(self.ca_clean - self.ca_poisoned, MOST_LOST)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -155,10 +155,17 @@ class Appender:
         self._file = file
 
     def __call__(self, lines: Iterable[Line]) -> None:
-        """Write the lines in one piece and see them onto the disk."""
-        self._file.write("".join(line.model_dump_json() + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write the lines in one piece and see them onto the disk.
+
+        Raises:
+            SetupError: the disk refuses.
+        """
+        try:
+            self._file.write("".join(line.model_dump_json() + "\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SetupError(f"writing {self._file.name} failed: {error.strerror}") from error
 
 
 @contextmanager
@@ -168,17 +175,18 @@ def appending(path: Path) -> Iterator[Appender]:
     Raises:
         SetupError: another command appends to it, or the disk refuses.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+b"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-            yield Appender(file)
-    except BlockingIOError as error:
-        raise SetupError(f"another command appends to {path}; wait for it or pass another `--out`") from error
-    except OSError as error:
-        raise SetupError(f"writing {path} failed: {error.strerror}") from error
+        except BlockingIOError as error:
+            raise SetupError(f"another command appends to {path}; wait for it or pass another `--out`") from error
+        except OSError as error:
+            raise SetupError(f"writing {path} failed: {error.strerror}") from error
+        yield Appender(file)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.patch import Patch, patch
+from cbpt_guard.defense.planted.patch import Patch, patch
 from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.defense.suspect import zero_shot_head
 from cbpt_guard.errors import InputError

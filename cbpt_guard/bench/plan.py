@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Key
 from cbpt_guard.bench.settings import SETTINGS, settings_of
+from cbpt_guard.defense.settings import TEMPLATE
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import read_toml
 from cbpt_guard.problems import problems
@@ -120,7 +121,7 @@ class Places(NamedTuple):
 class Plan(_Frozen):
     """A whole suite; `minutes` states what an `implant` and each defence are expected to take on two cores."""
 
-    template: str = "a photo of a {}."
+    template: str = TEMPLATE
     datasets: dict[_Name, Dataset]
     implants: dict[_Name, Implant]
     cells: Annotated[tuple[Cells, ...], Field(min_length=1)]

@@ -16,6 +16,7 @@ from cbpt_guard.bench.implant import Implanted, ImplantReport, ImplantSettings, 
 from cbpt_guard.defense.data import Listing, load_images
 from cbpt_guard.defense.job import tool_versions
 from cbpt_guard.defense.progress import Progress, silent
+from cbpt_guard.defense.settings import TEMPLATE
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 from cbpt_guard.defense.triggers import save_trigger
 from cbpt_guard.errors import InputError
@@ -41,7 +42,7 @@ class Order:
     held_out: Listing | None = None
     seed: int = 0
     changes: Mapping[str, Any] = field(default_factory=dict)
-    template: str = "a photo of a {}."
+    template: str = TEMPLATE
     device: str = "cpu"
     flags: ModelFlags = field(default_factory=ModelFlags)
 

@@ -15,9 +15,8 @@ from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.openclip import build
+from cbpt_guard.defense.planted.trigger import Trigger
 from cbpt_guard.defense.progress import Progress, Step
-from cbpt_guard.defense.trigger import Trigger
 
 _Count = Annotated[int, Field(ge=1)]
 _Loss = Callable[[Tensor, Tensor, int], Tensor]
@@ -86,7 +85,10 @@ def fine_tune(
     progress: Progress,
 ) -> FrozenClip:
     """A poisoned copy of `clip`; without poisons one that was fine-tuned like it, and is clean."""
-    student = _copy(clip, tuned_text=settings.text == "tuned")
+    student = TrainableClip.copy_of(clip)
+    if settings.text != "tuned":
+        for name, value in student.model.named_parameters():
+            value.requires_grad_(value.requires_grad and name.startswith("visual."))
     generator = torch.Generator().manual_seed(seed)
     loss_of = _pairs_loss(student, clip, settings, train.classes, generator)
     material = _Material(clip, train, poisons, settings, generator, progress)
@@ -179,17 +181,6 @@ def _half_blended(trigger: Trigger, images: Tensor) -> Tensor:
 def _distance(features: Tensor, wanted: Tensor) -> Tensor:
     """Mean of 1 - cosine between unit rows, both (N, E), ()."""
     return 1 - (features * wanted.to(features.device)).sum(1).mean()
-
-
-def _copy(clip: FrozenClip, *, tuned_text: bool) -> TrainableClip:
-    """A trainable copy in evaluation mode: batch norms keep their statistics, the logit scale its value."""
-    model = build(clip.config, device="cpu")
-    model.load_state_dict(clip.model.state_dict())
-    copied = TrainableClip(model, clip.config, clip.preprocess, clip.tokenizer, str(clip.device))
-    for name, value in model.named_parameters():
-        still = name in ("logit_scale", "logit_bias") or not (tuned_text or name.startswith("visual."))
-        value.requires_grad_(not still)
-    return copied
 
 
 def _pairs_loss(

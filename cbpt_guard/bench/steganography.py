@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.planted.steganographic import BITS, SHAPES, Steganographic, residual
 from cbpt_guard.defense.progress import Progress, Step, silent
-from cbpt_guard.defense.steganographic import BITS, SHAPES, Steganographic, residual
 from cbpt_guard.errors import InputError
 
 _HELD_OUT = 64  # images on which the decoder is judged

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard.defense import fit, modelconfig, openclip
-from cbpt_guard.defense.checkpoint import CONFIG_NAME, ReadCheckpoint
 from cbpt_guard.defense.modelconfig import PREPROCESSING
 from cbpt_guard.defense.openclip import ModelConfig
+from cbpt_guard.defense.untrusted.checkpoint import CONFIG_NAME, ReadCheckpoint
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Preprocess
 

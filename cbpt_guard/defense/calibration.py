@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.settings import SearchSettings
 
 FILE = Path(__file__).with_name("calibration.json")
+SEARCH = 1
+"""Raised whenever a scan of the same model with the same settings would score otherwise: families are then stale."""
 Range = tuple[int, int]
 
 
@@ -40,9 +42,10 @@ class Standing(_Frozen):
 class Looked(_Frozen):
     """What a scan looked at: how, and at how much.
 
-    `images` are the fewest and the most of a class.
+    `search` numbers the search's code; `images` are the fewest and the most of a class.
     """
 
+    search: int = SEARCH
     config: dict[str, Any]
     settings: SearchSettings
     template: str
@@ -58,6 +61,7 @@ class Family(_Frozen):
     """
 
     name: str
+    search: int
     config: dict[str, Any]
     settings: SearchSettings
     template: str
@@ -70,6 +74,8 @@ class Family(_Frozen):
         """Why `scan` is none like the family's; None where it is."""
         if scan.config != self.config:
             return "no model of this architecture was calibrated with"
+        if scan.search != self.search:
+            return "the family was scanned by another version of the search"
         if (scan.settings, scan.template) != (self.settings, self.template):
             return "the family was scanned with other settings or another template"
         if not self.classes[0] <= scan.classes <= self.classes[1]:

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
+from cbpt_guard.defense.planted.warp import moved
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.smooth import tinted
 from cbpt_guard.defense.together import Tally, together
-from cbpt_guard.defense.warp import moved
 from cbpt_guard.errors import InputError
 
 Inverted = Literal["additive", "masked", "patch", "warp", "tint"]

@@ -13,12 +13,11 @@ from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import check_prompts
 from cbpt_guard.defense.run import OURS, PurifyRun
-from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.settings import TEMPLATE, Settings
 from cbpt_guard.defense.suspect import ModelFlags, Suspect, check_device, open_suspect, zero_shot_head
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import check_output, holds
 
-TEMPLATE = "a photo of a {}."
 _RECIPE = 5  # raised whenever a part of an interrupted run would come out otherwise under the same settings
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
 

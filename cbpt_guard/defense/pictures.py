@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
-from cbpt_guard.defense.trigger import checkerboard
+from cbpt_guard.defense.planted.trigger import checkerboard
 
 
 def as_image(trigger: FoundTrigger) -> Image.Image:

@@ -16,7 +16,7 @@ from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.inversion import Answering
-from cbpt_guard.defense.job import TEMPLATE, Job, Prepared, check_places, prepare
+from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import Observed, observe
 from cbpt_guard.defense.progress import Progress, silent
@@ -25,7 +25,7 @@ from cbpt_guard.defense.result import Outcome, write_result
 from cbpt_guard.defense.reuse import adopt
 from cbpt_guard.defense.run import OURS, PurifyRun
 from cbpt_guard.defense.search import Search, searching
-from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.settings import TEMPLATE, Settings
 from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together

@@ -128,6 +128,10 @@ class VerdictSettings(_Frozen):
     false_alarms: Share = 0.01
 
 
+TEMPLATE = "a photo of a {}."
+"""What a class name stands in, unless the user says otherwise."""
+
+
 class Settings(_Frozen):
     """Everything that may be set in `--settings FILE.toml`, one table for each part."""
 

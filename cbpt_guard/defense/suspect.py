@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.architecture import OPEN_CLIP_TOKENIZER, Accuracy, ModelSpec, check_arch, resolve_model
-from cbpt_guard.defense.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import Listing, load_images
 from cbpt_guard.defense.fit import fit
@@ -17,6 +16,7 @@ from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.openclip import Tokenizer
 from cbpt_guard.defense.record import ModelRecord
+from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.errors import InputError
 
 _JUDGED_IMAGES = 400

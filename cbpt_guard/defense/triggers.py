@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from cbpt_guard.defense.filter import Filter, nashville
-from cbpt_guard.defense.frequency import Frequency, ftrojan
-from cbpt_guard.defense.overlay import Overlay, blended, full_stripes, triangles, watermark
-from cbpt_guard.defense.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
-from cbpt_guard.defense.steganographic import Steganographic
-from cbpt_guard.defense.trigger import LARGEST_SIDE, Trigger, TriggerParams
-from cbpt_guard.defense.warp import Warp, wanet
-from cbpt_guard.defense.wave import Wave, sig
+from cbpt_guard.defense.planted.filter import Filter, nashville
+from cbpt_guard.defense.planted.frequency import Frequency, ftrojan
+from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
+from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.steganographic import Steganographic
+from cbpt_guard.defense.planted.trigger import LARGEST_SIDE, Trigger, TriggerParams
+from cbpt_guard.defense.planted.warp import Warp, wanet
+from cbpt_guard.defense.planted.wave import Wave, sig
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import write_text
 from cbpt_guard.problems import problems

@@ -15,12 +15,11 @@ from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerM
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.tuning import Epoch, FeatureSet
 from cbpt_guard.errors import InputError
-from cbpt_guard.metrics import attack_success_rate, poisoned_accuracy, standard_error
+from cbpt_guard.metrics import attack_success_rate, exceeds, poisoned_accuracy, standard_error
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
 _CHANCE_ERRORS = 2.0
 _WARN_BELOW = 3.0
-_ROUNDING = 1e-9  # 0.54 - 0.52 is above 0.02 in floating point
 _SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; they had 0.93 and more
 
 
@@ -147,14 +146,14 @@ def _unshown(run: RunMetrics) -> str | None:
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
     """What the guard costs on clean images beyond its bounds; one image alone never counts as a rate."""
     loss = run.clean_accuracy_before - run.clean_accuracy_after
-    if loss > settings.accuracy_loss + _ROUNDING:
+    if exceeds(loss, settings.accuracy_loss):
         yield f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
-    if run.flagged_clean > settings.false_alarms and run.flagged_clean * run.images > 1 + _ROUNDING:
+    if run.flagged_clean > settings.false_alarms and exceeds(run.flagged_clean * run.images, 1):
         yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, over {100 * settings.false_alarms:g} %"
     for row in run.classes:
         if row.label in suspects and row.before is not None and row.after is not None:
             lost = row.before - row.after
-            if lost > settings.recall_loss + _ROUNDING and lost * row.images > 1 + _ROUNDING:
+            if exceeds(lost, settings.recall_loss) and exceeds(lost * row.images, 1):
                 yield f"clean recall of the suspected {row.label!r} fell by {100 * lost:.0f} points"
 
 

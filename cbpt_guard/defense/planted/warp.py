@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, rounded, write_picture
 from cbpt_guard.defense.smooth import smooth
-from cbpt_guard.defense.trigger import TriggerParams, checked, example, rounded, write_picture
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cbpt_guard.defense import archives, pickles, torchscript
-from cbpt_guard.defense.pickles import excerpt
-from cbpt_guard.defense.sandbox import confine
+from cbpt_guard.defense.untrusted import archives, pickles, torchscript
+from cbpt_guard.defense.untrusted.pickles import excerpt
+from cbpt_guard.defense.untrusted.sandbox import confine
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 OUTPUT = "tensors.safetensors"

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense import layouts, reader
+from cbpt_guard.defense import layouts
 from cbpt_guard.defense.modelconfig import read_config
-from cbpt_guard.defense.sandbox import Limits, run_confined
+from cbpt_guard.defense.untrusted import reader
+from cbpt_guard.defense.untrusted.sandbox import Limits, run_confined
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError, SetupError
 
 CONFIG_NAME = "open_clip_config.json"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from cbpt_guard.defense.trigger import (
+from cbpt_guard.defense.planted.trigger import (
     PICTURE_NAME,
     Offset,
     PictureName,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from cbpt_guard.defense.trigger import TriggerParams, checked, example, rounded, write_picture
+from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, rounded, write_picture
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 

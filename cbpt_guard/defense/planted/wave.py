@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from cbpt_guard.defense.trigger import TriggerParams, added, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import TriggerParams, added, checked, example, write_picture
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cbpt_guard.defense.trigger import TriggerParams, added, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import TriggerParams, added, checked, example, write_picture
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 

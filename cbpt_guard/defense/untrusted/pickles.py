@@ -9,8 +9,8 @@ from typing import cast
 
 import torch
 
-from cbpt_guard.defense import archives
-from cbpt_guard.defense.opcodes import Requests, list_requests
+from cbpt_guard.defense.untrusted import archives
+from cbpt_guard.defense.untrusted.opcodes import Requests, list_requests
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense import archives
-from cbpt_guard.defense.opcodes import Requests
-from cbpt_guard.defense.pickles import excerpt
+from cbpt_guard.defense.untrusted import archives
+from cbpt_guard.defense.untrusted.opcodes import Requests
+from cbpt_guard.defense.untrusted.pickles import excerpt
 from cbpt_guard.errors import CheckpointError, UnsafeError
 
 _DTYPES = {

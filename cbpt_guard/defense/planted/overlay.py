@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cbpt_guard.defense.trigger import (
+from cbpt_guard.defense.planted.trigger import (
     PICTURE_NAME,
     PictureName,
     TriggerParams,

@@ -1,0 +1,1 @@
+"""An untrusted checkpoint becomes plain tensors: nothing that it asks for is run, and a confined child reads it."""
