@@ -32,7 +32,7 @@ KNOWN = {
     (
         "defense/untrusted/torchscript.py",
         "imports pickle",
-    ): "for an unpickler whose find_class knows modules without behaviour",
+    ): "for one whose find_class knows modules without behaviour",
     ("defense/untrusted/torchscript.py", "uses pickle.Unpickler"): "the base of that class",
 }
 
