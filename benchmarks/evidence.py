@@ -33,6 +33,7 @@ from cbpt_guard.bench.table import joined, table, tame_text
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
+ROAD = HERE / "road.jsonl"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 DEVELOPED_WITH = "tiny-imagenet"
@@ -69,8 +70,6 @@ def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
 
 def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
-    logs = [folder / READS for folder in (LINES, ADAPTIVE) if (folder / READS).exists()]
-    count = sum(len(log.read_text(encoding="utf-8").splitlines()) for log in logs)
     adaptive = committed(ADAPTIVE, ADAPTIVE_PLAN)
     named = {line.suspect_sha256 for line in [*lines, *adaptive]}
     return {
@@ -80,11 +79,21 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "verdicts": verdicts([*lines, *adaptive]),
         "adaptive": table(adaptive),
         "table": table(lines),
-        "reads": f"The test images were read by {count} runs of the suite (`{READS}` beside the lines).",
+        "reads": reads(),
         "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }
+
+
+def reads() -> str:
+    """How often the test images were read, by what the suite logs and by the road's lines."""
+    suite = sum(len(read(folder / READS)) for folder in (LINES, ADAPTIVE))
+    road = sum(line["split"] == "test" for line in read(ROAD))
+    return (
+        f"The test images were read by {suite} runs of the suite (`{READS}` beside the lines), and {road} times by "
+        f"`benchmarks/road.py` (`{ROAD.name}`)."
+    )
 
 
 def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:

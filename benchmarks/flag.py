@@ -1,51 +1,77 @@
 """Two tests for triggered images side by side, on the clean images that were not drawn as shots.
 
-    python benchmarks/flag.py --shared ../shared --work WORK      after `road.py measure` with the same WORK
+    python benchmarks/flag.py measure --shared ../shared --work WORK   after `road.py measure` with the same WORK
+    python benchmarks/flag.py table        rewrites what docs/method.md says of it
 
 For every number of clean target images that may be lost, the threshold that loses just so many, and the ASR left:
 the zero-shot margin (the planned test) against Fisher's discriminant (the one built in). The thresholds are chosen on
-the counted images themselves, so this compares the two tests and not what a user would get. Rewrites the table in
-docs/method.md.
+the counted images themselves, so this compares the two tests and not what a user would get. `measure` appends a line
+to flag.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from command import append, parsers, read, stamp
 from pages import rewrite
-from road import HERE, counted, unpacked
+from road import counted, unpacked
 
 from cbpt_guard import GuardedClassifier
 from cbpt_guard.defense.data import load_images
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.triggers import load_trigger
 
-PAGE = HERE.parent / "docs" / "method.md"
+HERE = Path(__file__).parent
+LINES, METHOD = HERE / "flag.jsonl", HERE.parent / "docs" / "method.md"
 MODEL = "suspect-badnet"
+LOST = (0, 1, 2, 3, 5)
 
 
 def main() -> None:
-    """Count and rewrite the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    args = parser.parse_args()
-    guard = GuardedClassifier.load(args.work / MODEL / "bundle")
-    planted = load_trigger(args.shared / "models" / MODEL)
-    data = load_images(counted(unpacked(args.shared, "clean", args.work), "clean"), guard.manifest.preprocess)
-    target, labels = list(guard.classes_).index(planted.target), data.labels.numpy()
-    direction = PurifyRun.open(args.work / MODEL / "purified").head().test.directions[target].numpy()
-    clean = _scores(guard, data.images.numpy(), target, direction)
-    triggered = _scores(guard, planted.trigger.apply(data.images.numpy()), target, direction)
+    """Parse the command and run it."""
+    args = parsers(__doc__).whole.parse_args()
+    if args.command == "measure":
+        line = measure(args.shared, args.work)
+        append(LINES, line)
+        print(json.dumps(line))
+    else:
+        rewrite(METHOD, {"flag": told(lines())})
+
+
+def measure(shared: Path, work: Path) -> dict[str, Any]:
+    """Both tests on the road's suspect, through its bundle."""
+    guard = GuardedClassifier.load(work / MODEL / "bundle")
+    planted = load_trigger(shared / "models" / MODEL)
+    data = load_images(counted(unpacked(shared, "clean", work), "clean"), guard.manifest.preprocess)
+    images, labels = data.images.numpy(), data.labels.numpy()
+    target = list(guard.classes_).index(planted.target)
+    direction = PurifyRun.open(work / MODEL / "purified").head().test.directions[target].numpy()
+    clean = _scores(guard, images, target, direction)
+    triggered = _scores(guard, planted.trigger.apply(images), target, direction)
+    left = [[_left(c, t, labels, target, lost) for lost in LOST] for c, t in zip(clean, triggered, strict=True)]
+    margin, fisher = left
+    about = {"model": MODEL, "target_images": int((labels == target).sum()), "lost": LOST}
+    return about | {"asr_margin": margin, "asr_fisher": fisher, **stamp()}
+
+
+def lines() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return read(LINES)
+
+
+def told(measured: list[dict[str, Any]]) -> str:
+    """Markdown: the last line as a table."""
+    if not measured:
+        return "Not measured yet."
+    line = measured[-1]
     rows = ["| clean target images lost | ASR left, margin % | ASR left, Fisher % |", "|---|---|---|"]
-    own = int((labels == target).sum())
-    for lost in (0, 1, 2, 3, 5):
-        left = [_left(c, t, labels, target, lost) for c, t in zip(clean, triggered, strict=True)]
-        rows.append(f"| {lost} of {own} | {100 * left[0]:.1f} | {100 * left[1]:.1f} |")
-    print("\n".join(rows))
-    rewrite(PAGE, {"flag": "\n".join(rows)})
+    for lost, margin, fisher in zip(line["lost"], line["asr_margin"], line["asr_fisher"], strict=True):
+        rows.append(f"| {lost} of {line['target_images']} | {100 * margin:.1f} | {100 * fisher:.1f} |")
+    return "\n".join(rows)
 
 
 def _scores(

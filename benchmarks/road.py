@@ -3,7 +3,8 @@
     python benchmarks/road.py measure --shared ../shared --work WORK [--split test]   appends lines to road.jsonl
     python benchmarks/road.py table        rewrites the table in README.md and the times by stage in docs/method.md
 
-`clean` counts on the clean images that were not drawn as shots, for development; `test` is read once, at the end.
+`clean` counts on the clean images that were not drawn as shots, for development; each line of `test` is a read of the
+test images, which docs/evidence.md counts.
 """
 
 from __future__ import annotations

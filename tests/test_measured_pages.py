@@ -99,6 +99,15 @@ def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
     assert scan_time.told([]) == "Not measured yet."
 
 
+def test_the_two_tests_for_triggered_images(commands: tuple[ModuleType, ModuleType]) -> None:
+    import flag  # beside `commands`
+
+    assert between(flag.METHOD, "flag") == flag.told(flag.lines())
+    line = {"target_images": 9, "lost": [0, 1], "asr_margin": [0.5, 0.25], "asr_fisher": [0.125, 0.0]}
+    assert flag.told([{}, line]).splitlines()[2:] == ["| 0 of 9 | 50.0 | 12.5 |", "| 1 of 9 | 25.0 | 0.0 |"]
+    assert flag.told([]) == "Not measured yet."
+
+
 def test_the_memory_of_stage_2(commands: tuple[ModuleType, ModuleType]) -> None:
     import stage2_memory  # beside `commands`
 
