@@ -274,7 +274,7 @@ def test_only_attacks_that_took_are_drawn_and_other_numbers_of_shots_apart(file:
     weak = line(implant="weak", took=False, asr=0.0, defense="none")
     assert plot([*lines, weak], tmp_path / "b.svg").read_bytes() == first
     few = plot([*lines, line(defense="cbpt", shots=1, asr=0.7)], tmp_path / "c.svg").read_text()
-    assert ">cbpt, 1 shots</text>" in few
+    assert ">cbpt, 1 shot</text>" in few
     assert few.count(">cbpt</text>") == 1
     with pytest.raises(InputError, match="that took"):
         plot([weak], tmp_path / "d.svg")

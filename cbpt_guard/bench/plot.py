@@ -8,7 +8,7 @@ from statistics import mean, mode
 from typing import TYPE_CHECKING
 
 from cbpt_guard.bench.lines import CONTROL, Line
-from cbpt_guard.bench.table import Rows, rows
+from cbpt_guard.bench.table import Rows, counted_shots, rows
 from cbpt_guard.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def _panel(axes: Axes, title: str, found: Rows) -> None:
         groups = [group for row, group in found.items() if (row.defense, row.shots) == (defense, shots)]
         across = [100 * mean(line.asr for line in group) for group in groups]
         up = [100 * mean(line.ca for line in group) for group in groups]
-        label = defense if shots == usual else f"{defense}, {shots} shots"
+        label = defense if shots == usual else f"{defense}, {counted_shots(shots)}"
         axes.scatter(across, up, label=label, marker=_MARKERS[number % len(_MARKERS)], alpha=0.75)
     axes.set_xlim(-2, 102)
-    title = f"{title}, {usual} shots a class"
+    title = f"{title}, {counted_shots(usual)} a class"
     axes.set(xlabel="ASR, %: lower is better", ylabel="CA, %: higher is better", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
-from cbpt_guard.bench.table import joined, tame
+from cbpt_guard.bench.table import counted_shots, joined, tame
 
 _HEAD = (
     "defence",
@@ -35,7 +35,7 @@ def summary(lines: Sequence[Line]) -> str:
         here = [line for line in counted if (line.dataset, line.shots) == (dataset, shots)]
         clean = [line for line in lines if (line.dataset, line.shots, line.attack) == (dataset, shots, CONTROL)]
         rows = [joined(_HEAD), joined(["---"] * len(_HEAD)), *_rows(here, clean)]
-        parts.append("\n".join([f"**{dataset}, {shots} shots a class**, in %", "", *rows]))
+        parts.append("\n".join([f"**{dataset}, {counted_shots(shots)} a class**, in %", "", *rows]))
     return "\n\n".join(parts) if parts else "No attack has been measured yet."
 
 

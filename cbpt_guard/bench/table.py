@@ -70,6 +70,11 @@ def tame_text(text: str) -> str:
     return _ACTIVE.sub(r"\\\1", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
 
 
+def counted_shots(count: int) -> str:
+    """In words."""
+    return "1 shot" if count == 1 else f"{count} shots"
+
+
 def percents(lines: Sequence[Line], column: str) -> float:
     """Mean over seeds, in %, as it is shown: what cannot be seen is no difference."""
     shares: list[float] = [getattr(line, COLUMNS[column]) for line in lines]
@@ -96,7 +101,7 @@ def table(lines: Sequence[Line]) -> str:
     for block in dict.fromkeys(row.block for row in found):
         here = {row: group for row, group in found.items() if row.block == block}
         dataset, split, shots = block
-        title = f"{dataset}, {shots} shots a class" + (f", `{split}` images" if several else "")
+        title = f"{dataset}, {counted_shots(shots)} a class" + (f", `{split}` images" if several else "")
         attacked = {row: group for row, group in here.items() if row.attack != CONTROL}
         control = {row: group for row, group in here.items() if row.attack == CONTROL}
         if attacked:
@@ -168,7 +173,7 @@ def _lost(found: Rows) -> str:
 def _losses(found: Rows, row: Row) -> str:
     theirs, ours = found[row], found[row._replace(defense=OURS)]
     numbers = [f"{n} {percents(theirs, n):.1f} against {percents(ours, n):.1f}" for n in wins(found, row)]
-    return f"- {row.implant}, {row.shots} shots, {row.defense}: {', '.join(numbers)}"
+    return f"- {row.implant}, {counted_shots(row.shots)}, {row.defense}: {', '.join(numbers)}"
 
 
 def _sanity(lines: Sequence[Line]) -> str:
