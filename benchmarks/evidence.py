@@ -22,7 +22,7 @@ from command import read
 from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars, verdicts
-from cbpt_guard.bench.lines import Line
+from cbpt_guard.bench.lines import Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.settings import SETTINGS, settings_of
@@ -74,6 +74,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
     named = {line.suspect_sha256 for line in [*lines, *adaptive]}
     return {
         "summary": summary(lines),
+        "progress": progress(lines, Plan.read(PLAN)),
         "bars": bars(lines),
         "apart": apart([line for line in lines if line.dataset == DEVELOPED_WITH], SEEN),
         "verdicts": verdicts([*lines, *adaptive]),
@@ -94,6 +95,24 @@ def reads() -> str:
         f"The test images were read by {suite} runs of the suite (`{READS}` beside the lines), and {road} times by "
         f"`benchmarks/road.py` (`{ROAD.name}`)."
     )
+
+
+def progress(lines: Sequence[Line], plan: Plan) -> str:
+    """How much of the plan is measured, suspect by suspect."""
+    measured, asked = {line.key for line in lines}, dict[str, list[Key]]()
+    for group in plan.groups():
+        asked.setdefault(group.unit, []).extend(plan.keys(group, "test"))
+    done = {unit: sum(key in measured for key in keys) for unit, keys in asked.items()}
+    told = {
+        "Whole": [unit for unit, keys in asked.items() if done[unit] == len(keys)],
+        "In part": [
+            f"{unit} ({done[unit]} of {len(keys)})" for unit, keys in asked.items() if 0 < done[unit] < len(keys)
+        ],
+        "Not yet": [unit for unit in asked if not done[unit]],
+    }
+    parts = [f"{what}: {', '.join(units)}." for what, units in told.items() if units]
+    total = sum(map(len, asked.values()))
+    return " ".join([f"Of the {total} lines that the plan asks for {sum(done.values())} are measured.", *parts])
 
 
 def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:

@@ -13,9 +13,14 @@ Result = TypeVar("Result")
 _MOST_DECODERS = 8  # beyond, Python's own part of the work is what everybody waits for
 
 
+def processors_here() -> int:
+    """How many processors this process may use; all where the system cannot tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decoders_here() -> int:
     """How many threads decode: one for each processor that this process may use, within reason."""
-    return min(len(os.sched_getaffinity(0)), _MOST_DECODERS)
+    return min(processors_here(), _MOST_DECODERS)
 
 
 def in_batches(

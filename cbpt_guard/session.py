@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cbpt_guard.bundle import GRAPH_INPUT, GRAPH_OUTPUTS
+from cbpt_guard.decoding import processors_here
 from cbpt_guard.errors import BundleError, InputError, SetupError
 from cbpt_guard.images import Pixels
 
@@ -178,7 +179,7 @@ def _trim() -> None:
 
 def _threads_here() -> int:
     """0 leaves it to onnxruntime: one for each core, which is too many where this process may use fewer."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = processors_here()
     return 0 if allowed == os.cpu_count() else allowed
 
 

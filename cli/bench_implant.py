@@ -33,7 +33,7 @@ def implant(
     ] = None,
     template: options.Template = options.TEMPLATE,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
+    device: options.Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record on stdout.")] = False,
@@ -75,6 +75,8 @@ def _paired(attacks: list[str], targets: list[str]) -> dict[str, str]:
 
 
 def _show(record: ImplantRecord) -> None:
+    from cbpt_guard.bench.implant import LEAST_ASR, MOST_LOST
+
     rows = [
         (
             f"{one_line(name)} -> {one_line(report.target)}",
@@ -90,5 +92,8 @@ def _show(record: ImplantRecord) -> None:
     table(f"on {images} images that were not trained on, in %", names, rows)
     for report in record.reports:
         note(f"trigger: {report.trigger}")
-    bounds = "an attack counts with an ASR of 80 % or more and a CA at most 3 points below the clean model's"
+    bounds = (
+        f"an attack counts with an ASR of {100 * LEAST_ASR:g} % or more and a CA at most {100 * MOST_LOST:g} points "
+        "below the clean model's"
+    )
     note("counted: the attack took" if record.took else f"did not take: {bounds}")

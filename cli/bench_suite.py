@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.bench_implant import implant
 from cbpt_guard.cli.machine import prepare_torch
 from cbpt_guard.cli.show import note
@@ -35,7 +36,7 @@ def run(
     defense: Annotated[list[str] | None, typer.Option(help="Only this defence; may be repeated.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
     final: Annotated[bool, typer.Option("--final", help="Count on the test images; each such read is logged.")] = False,
-    device: Annotated[str, typer.Option(help="Where torch computes.")] = "cpu",
+    device: options.Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and its hours.")] = False,
 ) -> None:

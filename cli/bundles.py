@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.show import note, one_line, outline
 
 
@@ -23,7 +24,8 @@ def export(
     layout: Annotated[str, typer.Option(help="bundle, or triton: a Triton model repository around it.")] = "bundle",
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     allow_unguarded: Annotated[
-        bool, typer.Option("--allow-unguarded", help="Export although the run is not `guarded`; recorded.")
+        bool,
+        typer.Option("--allow-unguarded", help="Export even if the run is not `guarded` or fails a gate; recorded."),
     ] = False,
 ) -> None:
     """Write a purified run as an ONNX bundle: encoder, both heads and the rule in one graph.
@@ -52,7 +54,7 @@ def export(
 def sign(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     key: Annotated[Path, typer.Option(help="A PEM private key: P-256, P-384 or P-521, without a password.")],
-    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    digest: options.Digest = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier signature.")] = False,
 ) -> None:
     """Check a bundle and sign it into its model.sig (OpenSSF model signing, offline); prints the digest."""
@@ -64,7 +66,7 @@ def sign(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also check the graph itself (purify extra).")] = False,
-    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    digest: options.Digest = None,
     key: Annotated[Path | None, typer.Option(help="The PEM public key it must be signed for (sign extra).")] = None,
     run: Annotated[Path | None, typer.Option(help="With --deep: compare with torch on this run's samples.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The checks on stdout as JSON.")] = False,

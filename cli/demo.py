@@ -29,7 +29,7 @@ def demo(
     prepare_torch(threads)
     check_output(out, force, OURS)  # before anything is announced
     started = time.monotonic()
-    note("training a small CLIP on scikit-learn's digits, poisoning it, purifying it (about two minutes) ...")
+    note("training a small CLIP on scikit-learn's digits, poisoning it, purifying it (a few minutes) ...")
     with live() as progress:
         report = run_demo(out, seed=seed, force=force, progress=progress)
     show_run(PurifyRun.open(out / "purified"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.show import note, one_line, percent, table
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def evaluate(
     classes: Annotated[Path | None, typer.Option(help="UTF-8 lines folder<TAB>name that rename class folders.")] = None,
     trigger: Annotated[Path | None, typer.Option(help="A trigger.json: count ASR and PA under it, too.")] = None,
     target: Annotated[str | None, typer.Option(help="The class it aims at; the trigger's own when left out.")] = None,
-    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    digest: options.Digest = None,
     provider: Annotated[list[str] | None, typer.Option(help="Where it runs: cpu, cuda, ...")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The counts on stdout as JSON.")] = False,

@@ -14,9 +14,12 @@ Classes = Annotated[
 ]
 Template = Annotated[str, typer.Option(help="The prompt, with {} for the class name.")]
 Shots = Annotated[int | None, typer.Option(min=1, help="At most so many images of each class.")]
-SettingsFile = Annotated[Path | None, typer.Option("--settings", help="The recipe's numbers, a TOML file.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of every draw; the same seed gives the same result.")]
-Device = Annotated[str, typer.Option(help="Where torch computes.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option("--settings", help="Settings that differ from the defaults, a TOML file."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of every draw; on one machine a seed gives one result.")]
+Device = Annotated[str, typer.Option(help="Torch's device: cpu, cuda, ...")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 Arch = Annotated[str | None, typer.Option(help="The architecture: open_clip's name or a JSON file.")]
@@ -29,5 +32,8 @@ QuickGelu = Annotated[
 Preprocess = Annotated[str | None, typer.Option(help="The preprocessing: openai, siglip, ... or a JSON file.")]
 Tokenizer = Annotated[
     Path | None, typer.Option(help="A folder with the tokenizer's files, for models that bring their own.")
+]
+Digest = Annotated[
+    str | None, typer.Option(help="Accept only the bundle of this digest, sha256:..., as `verify` prints it.")
 ]
 TEMPLATE = "a photo of a {}."

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cbpt_guard.cli import options
 from cbpt_guard.cli.show import note, one_line
 
 
@@ -16,7 +17,7 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    digest: Annotated[str | None, typer.Option(help="sha256:... of manifest.json that it must be.")] = None,
+    digest: options.Digest = None,
     precision: Annotated[str, typer.Option(help="Which of its graphs: fp32, fp16 or int8.")] = "fp32",
     provider: Annotated[list[str] | None, typer.Option(help="Where it runs: cpu, cuda, ...")] = None,
     abstain: Annotated[float | None, typer.Option(help="No label below this score.")] = None,

@@ -31,8 +31,8 @@ def purify(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     threads: options.Threads = None,
-    triggered: Annotated[Path | None, typer.Option(help="A folder of observed attack images.")] = None,
-    reuse: Annotated[Path | None, typer.Option(help="Take the found triggers of this run; do not invert.")] = None,
+    triggered: Annotated[Path | None, typer.Option(help="Observed attack images, two or more that succeeded.")] = None,
+    reuse: Annotated[Path | None, typer.Option(help="An earlier run, whose found triggers are taken.")] = None,
     skip_bad: options.SkipBad = False,
     arch: options.Arch = None,
     quickgelu: options.QuickGelu = None,
@@ -43,9 +43,9 @@ def purify(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record and the metrics on stdout.")] = False,
 ) -> None:
-    """Purify a suspect: invert its trigger, tune class-wise prompts, judge the guard.
+    """Purify a suspect: find its triggers, fit the guard, judge it.
 
-    Exit code 0: guarded. 1: not guarded or unverified (everything is kept). 2: bad input. 3: unsafe input.
+    Exit code 0: guarded. 1: not guarded or unverified (the run is kept). 2: bad input. 3: unsafe input.
     """
     from cbpt_guard.cli.machine import prepare_torch
     from cbpt_guard.defense.job import Job
@@ -97,7 +97,7 @@ def show_run(run: PurifyRun) -> None:
         note(f"{len(record.data.skipped)} images could not be read and were left out")
     show_candidates(record.candidates, record.settings["inversion"])
     if not any(candidate.stands_out for candidate in record.candidates):
-        note("nothing stands out; prompts were tuned against the likeliest candidate's triggers all the same")
+        note("no class stands out: the default rule changes no answer; the prompts met the likeliest one's triggers")
     _show_triggers(metrics)
     _show_classes(metrics, [suspect.label for suspect in record.suspects])
     _show_verdict(run)
@@ -116,7 +116,11 @@ def _show_triggers(metrics: RunMetrics) -> None:
         for t in metrics.triggers
     ]
     rule = ("images", "ASR before", "ASR after", "ASR prompts", "PA before", "PA after", "PA prompts")
-    table("under each trigger, in %; `prompts` is the paper's rule on the same heads", ("trigger", *rule), rows)
+    table(
+        "under each trigger, in %; `prompts`: the tuned prompts answer everything",
+        ("trigger", *rule),
+        rows,
+    )
 
 
 def _show_classes(metrics: RunMetrics, suspects: list[str]) -> None:

@@ -32,13 +32,13 @@ def scan(
     quickgelu: options.QuickGelu = None,
     preprocess: options.Preprocess = None,
     tokenizer: options.Tokenizer = None,
-    fail_on: Annotated[float | None, typer.Option(help="Exit with 1 if the score is as high.")] = None,
+    fail_on: Annotated[float | None, typer.Option(help="Exit with 1 if the score is at least this.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report on stdout.")] = False,
 ) -> None:
     """Scan a suspect for targets of a backdoor; nothing is kept but what is printed.
 
-    That nothing stands out does not make a model clean: purify it all the same. Exit code 0 whatever is found, 1 from
-    the score of `--fail-on`, 2: bad input, 3: unsafe input.
+    That nothing stands out does not make a model clean; `purify` with the same inputs would then end unverified. Exit
+    code 0 whatever is found, 1 from the score of `--fail-on`, 2: bad input, 3: unsafe input.
     """
     from cbpt_guard.cli.machine import prepare_torch
     from cbpt_guard.defense.job import Job

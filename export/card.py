@@ -14,7 +14,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&:@$])")
 _CARD = """\
 # Guarded zero-shot classifier
 
-{classes} classes on {architecture}, purified by class-wise backdoor prompt tuning (cbpt-guard {version}).
+{classes} classes on {architecture}, purified by cbpt-guard {version}, after class-wise backdoor prompt tuning.
 
 **Verdict: {verdict}.**{reasons}
 

@@ -66,7 +66,7 @@ def service(source: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.trust
-def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path, source: Path, figures: Figures) -> None:
+def test_the_wheel_holds_the_listed_packages_and_nothing_else(wheel: Path, source: Path, figures: Figures) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name]
     setuptools = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -75,10 +75,9 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path, source:
         folder = source / setuptools["package-dir"].get(package, package.replace(".", "/"))
         files = [path for pattern in ("*.py", *data.get(package, ())) for path in folder.glob(pattern)]
         wanted |= {f"{package.replace('.', '/')}/{path.name}" for path in files}
-    assert len(setuptools["packages"]) == 5
     assert {"cbpt_guard/py.typed", "cbpt_guard/defense/calibration.json"} <= wanted
     assert sorted(names) == sorted(wanted)
-    figures.add("supply", "files in the wheel, each of one of the five packages", len(names))
+    figures.add("supply", "files in the wheel, each of a package that pyproject.toml lists", len(names))
 
 
 def test_the_runtime_is_there_and_the_offline_half_is_not(service: Path, tmp_path: Path) -> None:

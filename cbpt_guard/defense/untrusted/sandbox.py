@@ -60,7 +60,7 @@ def require_linux() -> None:
     if sys.platform != "linux":
         raise SetupError(
             f"checkpoints are read in a process with hard limits, which {sys.platform} does not offer; "
-            "run this step on Linux (a container or WSL will do); the exported bundle runs anywhere"
+            "run this step on Linux (a container or WSL will do); the exported bundle needs no torch"
         )
 
 
