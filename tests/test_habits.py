@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from tiny import LABELS, SIZE
 
 from cbpt_guard import GuardedClassifier
-from cbpt_guard.decoding import in_batches
+from cbpt_guard.decoding import in_batches, processors_here
 from cbpt_guard.errors import ImageError, InputError
 
 
@@ -33,6 +34,12 @@ def colours(count: int = 40) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def guard(pristine_bundle: Path) -> GuardedClassifier:
     return GuardedClassifier.load(pristine_bundle, threads=1, batch_size=4)
+
+
+def test_where_no_system_tells_all_processors_count(pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert processors_here() == os.cpu_count()
+    assert GuardedClassifier.load(pristine_bundle).predict(colours(1))[0].label in LABELS
 
 
 # Streams
