@@ -65,7 +65,7 @@ def table(lines: Sequence[Line]) -> str:
         return "No variant has been measured yet."
     attacks = [name for name in Plan.read(PLAN).implants if any(line.implant == name for line in lines)]
     order = [*WHOLE, *(group.defense for group in Plan.read(PLAN).groups())]
-    head = ("what", "CA", *(f"{name}: {what}" for name in attacks for what in ("ASR", "PA")))
+    head = ("what", "CA", "largest share, worst", *(f"{name}: {what}" for name in attacks for what in ("ASR", "PA")))
     rows = [joined(_cells(name, lines, attacks)) for name in dict.fromkeys(order) if _of(lines, name)]
     splits = " and ".join(sorted({f"`{line.split}`" for line in lines}))
     seeds = len({line.seed for line in lines})
@@ -77,6 +77,7 @@ def _cells(name: str, lines: Sequence[Line], attacks: Sequence[str]) -> Iterator
     own = _of(lines, name)
     yield _what(name)
     yield f"{100 * mean(line.ca for line in own):.1f}"
+    yield f"{100 * max(line.max_share for line in own):.1f}"
     for attack in attacks:
         here = [line for line in own if line.implant == attack]
         for field in ("asr", "pa"):
