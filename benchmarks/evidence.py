@@ -98,8 +98,9 @@ def reads() -> str:
 
 
 def progress(lines: Sequence[Line], plan: Plan) -> str:
-    """How much of the plan is measured, suspect by suspect."""
-    measured, asked = {line.key for line in lines}, dict[str, list[Key]]()
+    """How much of the plan is measured, with today's settings, suspect by suspect."""
+    measured = {line.key for line in lines if line.settings == plan.settings(line.key)}
+    asked: dict[str, list[Key]] = {}
     for group in plan.groups():
         asked.setdefault(group.unit, []).extend(plan.keys(group, "test"))
     done = {unit: sum(key in measured for key in keys) for unit, keys in asked.items()}

@@ -14,7 +14,7 @@ _MOST_DECODERS = 8  # beyond, Python's own part of the work is what everybody wa
 
 
 def processors_here() -> int:
-    """How many processors this process may use; all where the system cannot tell (macOS, Windows)."""
+    """How many processors this process may use; all where the system cannot tell (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

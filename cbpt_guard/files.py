@@ -123,8 +123,9 @@ def _hold(path: Path, *, wait: bool) -> int:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
         except BaseException:
             os.close(handle)
             raise
@@ -137,7 +138,7 @@ def _prepare(partial: Path, resume: bool) -> None:
     partial.mkdir(exist_ok=True)
     if not resume:
         for item in partial.iterdir():
-            _remove(item)
+            remove(item)
 
 
 def _recover(out: Path) -> None:
@@ -151,12 +152,12 @@ def _replace(partial: Path, out: Path) -> None:
     """Move `partial` to `out`; what was there stays whole until the new one is in place."""
     old = _old(out)
     if _is_there(old):
-        _remove(old)
+        remove(old)
     if _is_there(out):
         out.rename(old)
     partial.rename(out)
     if _is_there(old):
-        _remove(old)
+        remove(old)
 
 
 def _old(out: Path) -> Path:
@@ -167,11 +168,12 @@ def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()  # a link to nowhere is there, too
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a folder and all in it, or a file, or a link and not what it points to; nothing where nothing is."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

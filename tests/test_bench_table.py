@@ -64,6 +64,30 @@ def test_two_commands_cannot_append_at_once(file: Path) -> None:
         pass
 
 
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from lines import line
+from cbpt_guard.bench.lines import appending
+from cbpt_guard.errors import SetupError
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+with appending(Path(sys.argv[1])) as append:
+    try:
+        append([line(seed=seed) for seed in range(9)])
+    except SetupError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_what_it_tore_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    done = python(_FULL_DISK, path, cwd=Path(__file__).parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"writing {path} failed: File too large\n"
+    assert path.stat().st_size == 2000
+    assert 0 < len(read_lines(path)) < 9
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{}", "line 6 is no line of evidence"), ("null", "line 6"), ('{"ca": 1, "more": 2}', "line 6"), ("{", "JSON")],

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from cbpt_guard.bench.clock import Clock, Cost
-from cbpt_guard.errors import CheckError
 
 SLOW = 0.2
 
@@ -53,10 +52,23 @@ def test_the_larger_peak_counts(tmp_path: Path) -> None:
     assert clock.read().peak_mb == 10**9
 
 
-def test_what_has_no_cost_beside_it_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("made")
-    with pytest.raises(CheckError, match="run-cost"):
-        Clock().once(tmp_path / "run", lambda: None)
+def test_what_a_crash_left_without_its_cost_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "half").write_text("made")
+    clock = Clock()
+    clock.once(path, lambda: slowly(path))
+    assert path.read_text() == "made"
+    assert clock.read().cpu_seconds >= SLOW
+
+
+def test_what_is_asked_for_twice_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "shared"
+    for _ in range(2):
+        clock = Clock()
+        for _ in range(2):
+            clock.once(path, lambda: slowly(path))
+        assert SLOW <= clock.read().cpu_seconds < 2 * SLOW
 
 
 def test_what_failed_leaves_no_cost(tmp_path: Path) -> None:

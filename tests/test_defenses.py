@@ -19,6 +19,7 @@ from cbpt_guard import GuardedClassifier, metrics
 from cbpt_guard.bench import oracle as oracle_module
 from cbpt_guard.bench import purified
 from cbpt_guard.bench.cleanclip import augmented_text, auto_augment, cleanclip, cleanclip_loss, in_modal
+from cbpt_guard.bench.clock import Clock, Cost
 from cbpt_guard.bench.coop import SharedContext, coop
 from cbpt_guard.bench.defenses import DEFENSES, SETTINGS, ensemble, none, settings_of
 from cbpt_guard.bench.finetune import Batch, FineTuning, Loss, clip_loss, first_keeping, ft, last_keeping
@@ -479,6 +480,20 @@ def test_both_rules_come_from_one_purified_run(both: tuple[Defended, Defended, i
     features = shot_features(task)
     assert torch.equal(paper.head().answer(features).logits, ours.head().with_rule("prompts").answer(features).logits)
     assert not torch.equal(ours.head().guarded.rows, paper.head().guarded.rows)
+
+
+def test_the_purified_run_says_what_it_cost(both: tuple[Defended, Defended, int], task: Task) -> None:
+    cost = Cost.model_validate_json((task.folder / "purified-cost.json").read_bytes())
+    assert cost.cpu_seconds > 1
+    clock = Clock()
+    purified.purified_run(replace(task, clock=clock), both_settings(both))
+    assert clock.read().cpu_seconds >= cost.cpu_seconds - 0.01
+
+
+def both_settings(both: tuple[Defended, Defended, int]) -> Settings:
+    run = both[0].run
+    assert run is not None
+    return Settings.model_validate(PurifyRun.open(run).record.settings)
 
 
 def test_the_papers_rule_is_judged_by_its_own_numbers(both: tuple[Defended, Defended, int]) -> None:

@@ -324,6 +324,26 @@ def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle(
     assert exported == [quick_run]
 
 
+def test_what_defences_share_costs_each_of_them(plan: Plan, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> None:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+
+    def sharing(task: Task) -> Defended:
+        path = task.folder / "shared"
+        task.clock.once(path, lambda: (busy(), path.touch()))
+        return cell.DEFENSES["none"](task)
+
+    for name in ("first", "second"):
+        monkeypatch.setitem(cell.DEFENSES, name, sharing)
+    group = plan.groups()[1]
+    costs = [counted(plan, places, group.model_copy(update={"defense": name}))[0] for name in ("first", "second")]
+    assert all(line.cpu_seconds >= 0.3 for line in costs)
+    counted(plan, places, group.model_copy(update={"defense": "probe"}))
+    assert list(places.work.glob("cells/*/*/shots.npy-cost.json")), "the shots' features are shared, too"
+
+
 def test_the_row_without_a_defence_sees_features_that_were_kept_wrongly(
     plan: Plan, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

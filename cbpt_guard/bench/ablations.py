@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +22,13 @@ from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Rule
-from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.errors import CheckError
 
-_FOLDER = "ablations"
 _CONTEXTS = {2: "photo of {}.", 8: "this is a very good photo of a {}."}
 """Templates whose words before the class name are so many tokens; they start the prompts, not the zero-shot head."""
 
@@ -119,18 +119,25 @@ def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBa
         targets = [task.shots.classes.index(pair.target) for pair in task.planted]
         planted = tuple(FoundTrigger("additive", target, torch.zeros(3, 1, 1), None) for target in targets)
         return TriggerBank(planted), triggered_shots(task), targets
-    folder = task.folder / _FOLDER
-    folder.mkdir(exist_ok=True)
-    journal = Journal(folder, {"run": run.record.created})
-    numbered = [(k, t) for k, t in enumerate(run.bank()) if t.family in change.kept]
-    parts = [journal.tensor(f"{k}", lambda t=t: encode(task.clip, task.shots.images, t)) for k, t in numbered]  # type: ignore[misc]
-    if not parts:
+    bank = run.bank()
+    kept = [number for number, trigger in enumerate(bank) if trigger.family in change.kept]
+    if not kept:
         raise CheckError(f"{run.path} found no trigger of the families {', '.join(change.kept)}")
-    return (
-        TriggerBank(tuple(t for _, t in numbered)),
-        torch.stack(parts),
-        [suspect.index for suspect in run.record.suspects],
-    )
+    suspects = [suspect.index for suspect in run.record.suspects]
+    return TriggerBank(tuple(bank.triggers[number] for number in kept)), _under_found(task, run)[kept], suspects
+
+
+def _under_found(task: Task, run: PurifyRun) -> Tensor:
+    """Features (K, N, E) of the shots under every found trigger of the run, made once for all variants."""
+    path = task.folder / f"found-{run.record.created.replace(':', '')}.npy"
+
+    def make() -> None:
+        partial = path.with_suffix(".new.npy")
+        np.save(partial, torch.stack([encode(task.clip, task.shots.images, trigger) for trigger in run.bank()]).numpy())
+        partial.replace(path)
+
+    task.clock.once(path, make)
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def additive_only(task: Task) -> Defended:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.errors import CheckError
-from cbpt_guard.files import write_text
+from cbpt_guard.files import remove, write_text
 
 
 class Cost(BaseModel):
@@ -41,22 +40,25 @@ class Clock:
     def __init__(self) -> None:
         self._started = _Moment.now()
         self._shared: list[Cost] = []
+        self._counted: set[Path] = set()
 
     def once(self, path: Path, make: Callable[[], object]) -> None:
         """Have `path` made if nobody has yet; its cost is kept beside it, and is added where it was there already.
 
-        Raises:
-            CheckError: it is there without its cost.
+        What lies there without its cost was left by a crash between the two, and is made anew. `make` calls no `once`
+        itself: whoever finds `path` later would not pay for what that found.
         """
+        if path in self._counted:
+            return
         cost = path.with_name(f"{path.name}-cost.json")
-        if not path.exists():
+        if path.exists() and cost.exists():
+            self._shared.append(Cost.model_validate_json(cost.read_bytes()))
+        else:
+            remove(path)
             started = _Moment.now()
             make()
             write_text(cost, _since(started).model_dump_json())
-        elif cost.exists():
-            self._shared.append(Cost.model_validate_json(cost.read_bytes()))
-        else:
-            raise CheckError(f"{path} is there without {cost.name}, which says what it took; remove {path.parent}")
+        self._counted.add(path)
 
     def read(self) -> Cost:
         """What has been used so far."""

@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -137,22 +138,21 @@ def read_together(paths: Iterable[Path]) -> list[Line]:
         InputError: as `read_lines` raises it, or two files hold the same cell, which would pass for two seeds.
     """
     lines: list[Line] = []
-    held: dict[Key, Path] = {}
+    held: dict[tuple[str, Key], Path] = {}
     for path in paths:
-        found = read_lines(path)
-        for line in found:
-            if line.key in held:
-                raise InputError(f"{path} and {held[line.key]} both hold {line.key}; pass one of them")
-        lines += found
-        held |= {line.key: path for line in found}
+        found = {(line.dataset, line.key): line for line in read_lines(path)}
+        for cell in found.keys() & held.keys():
+            raise InputError(f"{path} and {held[cell]} both hold {' '.join(map(str, cell[1]))}; pass one of them")
+        lines += found.values()
+        held |= dict.fromkeys(found, path)
     return lines
 
 
 class Appender:
     """Appends whole lines to a file that it holds locked."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: RawIOBase, name: Path) -> None:
+        self._file, self._name = file, name
 
     def __call__(self, lines: Iterable[Line]) -> None:
         """Write the lines in one piece and see them onto the disk.
@@ -160,12 +160,13 @@ class Appender:
         Raises:
             SetupError: the disk refuses.
         """
+        rest = "".join(line.model_dump_json() + "\n" for line in lines).encode()
         try:
-            self._file.write("".join(line.model_dump_json() + "\n" for line in lines).encode())
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise SetupError(f"writing {self._file.name} failed: {error.strerror}") from error
+            raise SetupError(f"writing {self._name} failed: {error.strerror}") from error
 
 
 @contextmanager
@@ -178,7 +179,8 @@ def appending(path: Path) -> Iterator[Appender]:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+b"))
+            # without a buffer: what a full disk refused would be written once more when the file closes
+            file = stack.enter_context(path.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -186,7 +188,7 @@ def appending(path: Path) -> Iterator[Appender]:
             raise SetupError(f"another command appends to {path}; wait for it or pass another `--out`") from error
         except OSError as error:
             raise SetupError(f"writing {path} failed: {error.strerror}") from error
-        yield Appender(file)
+        yield Appender(file, path)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -206,7 +206,7 @@ class Plan(_Frozen):
         return [group for group in groups if parts[group.unit] == number - 1]
 
     def hours(self, groups: Sequence[Group]) -> float:
-        """What groups are expected to take, their implants included; the control's triggers are taken from others'."""
+        """What groups are expected to take, their implants included; the control's are others', in WORK already."""
         planted = {group.suspect for group in groups if not group.control}
         minutes = sum(group.minutes for group in groups) + len(planted) * self.minutes.get("implant", 0)
         return minutes / 60

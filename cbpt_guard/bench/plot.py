@@ -19,7 +19,7 @@ _MARKERS = "oXsDv^<>PH*d"
 
 
 def plot(lines: Sequence[Line], out: Path) -> Path:
-    """Draw one panel for each data set: clean accuracy against attack success, in %, means over seeds; writes an SVG.
+    """Write an SVG, a panel for each data set and split: clean accuracy against attack success, in %, means over seeds.
 
     Attacks that did not take are left out: whatever met them would look like a defence.
 

@@ -127,8 +127,11 @@ def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Cal
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answering, args=(theirs, work, arguments, start))
-    with _deaf_to_ctrl_c():
-        process.start()
+    try:
+        with _deaf_to_ctrl_c():
+            process.start()
+    except OSError as error:
+        raise SetupError(f"no process of the suite could be started: {error.strerror}") from error
     theirs.close()
     try:
         result: Result | CbptGuardError = ours.recv()

@@ -91,7 +91,7 @@ def wins(found: Rows, row: Row) -> list[str]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The whole of it: a table for each data set and number of shots, the controls, lost cells, sanity, cost."""
+    """The whole of it: a table for each data set, split and number of shots, the controls, lost cells, sanity, cost."""
     lines = tame(lines)
     found = rows(lines)
     if not found:
