@@ -12,6 +12,7 @@ from cbpt_guard.bench.table import CEILING, ENSEMBLE, OURS, UNTOUCHED, joined
 SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
 """A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
 _SHOTS, _FEW = 16, 4
+_MOST_LOST = 12  # points of the target's recall in a run: 3 of its 25 images
 
 
 class Bar(NamedTuple):
@@ -93,7 +94,10 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     what = f"CA less the undefended one (the better of two for {known}), mean and worst"
     yield _bar(what, "-0.5 and -1.5", (mean(ca), min(ca)), kept)
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
-    yield _bar("target's recall less the undefended one, mean", "-5", (mean(recall),), mean(recall) >= -5)
+    worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
+    kept = mean(recall) >= -5 and worst >= -_MOST_LOST
+    what = "target's recall less the undefended one, mean and worst run (3 of 25 images)"
+    yield _bar(what, f"-5 and -{_MOST_LOST}", (mean(recall), worst), kept)
     yield from _against_the_oracle([attack for attack in found if attack.oracle])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
