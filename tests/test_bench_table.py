@@ -122,6 +122,10 @@ def test_a_cell_that_two_files_hold_is_refused(file: Path) -> None:
     with appending(other) as append:
         append([line(seed=7)])
     assert read_together([file, other]) == [*read_lines(file), line(seed=7)]
+    elsewhere = RIVAL.model_copy(update={"dataset": "letters"})
+    with appending(other) as append:
+        append([elsewhere])
+    assert read_together([file, other])[-1] == elsewhere, "an implant of the same name, of another data set"
     with appending(other) as append:
         append([RIVAL.model_copy(update={"asr": 0.4})])
     with pytest.raises(InputError, match=r"other\.jsonl and .*lines\.jsonl both hold .*probe"):

@@ -97,6 +97,18 @@ def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, Modu
     assert list(evidence.plantings([tmp_path / "log"], {None})) == ["No line names a planting yet."]
 
 
+def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    plan = Plan.read(evidence.PLAN)
+    asked = [key for group in plan.groups() if group.unit == "triangles" for key in plan.keys(group, "test")]
+    lines = [line(**key._asdict(), settings=plan.settings(key)) for key in asked]
+    assert " Whole: triangles. Not yet: badnet, blended, " in evidence.progress(lines, plan)
+    stale = [lines[0].model_copy(update={"settings": "old"}), *lines[1:]]
+    told = evidence.progress(stale, plan)
+    assert f"are measured. In part: triangles ({len(asked) - 1} of {len(asked)}). Not yet: " in told
+    assert f" {len(asked) - 1} are measured" in told
+
+
 def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(
     commands: tuple[ModuleType, ModuleType],
 ) -> None:

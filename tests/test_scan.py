@@ -76,6 +76,9 @@ def test_the_command_says_what_it_found_and_writes_nothing(
     assert said.candidates == report.candidates
     assert "uncalibrated: " in result.stderr
     assert "candidate targets" in result.stderr
+    assert f"model: {said.model.architecture} from " in result.stderr
+    for what, how in said.model.resolved.items():
+        assert f"  {what}: {how}" in result.stderr
     for bound, code in ((report.score - 0.01, 1), (report.score, 1), (report.score + 0.01, 0)):
         result = cli(*arguments, "--fail-on", bound)
         assert result.exit_code == code
