@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cbpt_guard.bench import ablations
 from cbpt_guard.bench.ablations import Change, SharedPrompts, ablated
+from cbpt_guard.bench.clock import Cost
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.purified import cbpt, cbpt_prompts
 from cbpt_guard.bench.rival import shot_features
@@ -58,6 +59,13 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
     assert wanted.triggered.any()
     assert torch.equal(found.triggered, wanted.triggered)
     assert found.logits.allclose(wanted.logits, atol=1e-2)
+
+
+def test_features_under_the_found_triggers_are_shared_and_cost_each_variant(
+    unchanged: tuple[Defended, Defended], task: Task
+) -> None:
+    (cost,) = task.folder.glob("found-*.npy-cost.json")
+    assert Cost.model_validate_json(cost.read_bytes()).cpu_seconds > 0
 
 
 def test_what_is_not_named_stays_as_the_caller_has_it() -> None:
