@@ -46,13 +46,17 @@ class Started:
 
     @contextmanager
     def halted(self) -> Iterator[None]:
-        """The command stands still meanwhile, with all that it holds; it must not have ended before."""
-        self.process.send_signal(signal.SIGSTOP)
+        """The command and its children stand still meanwhile, with all that they hold; it must not have ended before."""
+        self.process.send_signal(signal.SIGSTOP)  # first: it starts no child any more
+        halted = [self.process.pid, *self._family()]
         try:
+            for process in halted:
+                os.kill(process, signal.SIGSTOP)
             assert self.process.poll() is None
             yield
         finally:
-            self.process.send_signal(signal.SIGCONT)
+            for process in halted:
+                os.kill(process, signal.SIGCONT)
 
     def end(self) -> tuple[int, str, str]:
         """Its exit code, stdout and stderr, once it has ended; `seconds` says how long it took."""
@@ -80,14 +84,18 @@ class Started:
 
     def children(self) -> list[str]:
         """Processes that know this command's temporary folder: by their command line, or by what they inherited."""
-        found = []
+        return list(self._family().values())
+
+    def _family(self) -> dict[int, str]:
+        """The same by process id, with the command itself while it runs."""
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             told = b""
             for name in ("cmdline", "environ"):  # the reader of checkpoints shows its environment to root alone
                 with suppress(OSError):
                     told += (process / name).read_bytes()
             if str(self.temporary).encode() in told:
-                found.append(told.replace(b"\0", b" ").decode(errors="replace"))
+                found[int(process.name)] = told.replace(b"\0", b" ").decode(errors="replace")
         return found
 
 

@@ -154,7 +154,7 @@ def test_a_run_where_nothing_stands_out_is_kept_and_answers_1(folder: Path) -> N
     result = purify()
     assert (result.exit_code, result.stdout) == (1, "purified\n")
     assert "verdict: UNVERIFIED" in result.stderr
-    assert "nothing stands out" in result.stderr
+    assert "no class stands out: the default rule changes no answer" in result.stderr
     assert {item.name for item in Path("purified").iterdir()} == FILES
     assert_refused(cli("export"), "purified is unverified", "--allow-unguarded", code=1)
     assert not Path("bundle").exists()

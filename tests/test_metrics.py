@@ -17,6 +17,7 @@ from cbpt_guard.metrics import (
     class_recall,
     clean_accuracy,
     count,
+    exceeds,
     largest_share,
     poisoned_accuracy,
     standard_error,
@@ -67,6 +68,12 @@ def test_standard_error_of_a_share() -> None:
     assert standard_error(0.5, 100) == pytest.approx(0.05)
     assert standard_error(0.1, 9) == pytest.approx(math.sqrt(0.09 / 9))
     assert standard_error(1.0, 5) == 0
+
+
+def test_a_difference_of_just_the_bound_does_not_exceed_it() -> None:
+    assert 0.54 - 0.52 > 0.02, "in floating point"
+    assert not exceeds(0.54 - 0.52, 0.02)
+    assert exceeds(0.0201, 0.02)
 
 
 def test_all_five_at_once() -> None:
