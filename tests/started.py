@@ -46,7 +46,7 @@ class Started:
 
     @contextmanager
     def halted(self) -> Iterator[None]:
-        """The command and its children stand still meanwhile, with all that they hold; it must not have ended before."""
+        """The command and its children stand still meanwhile, with all that they hold; it must run still."""
         self.process.send_signal(signal.SIGSTOP)  # first: it starts no child any more
         halted = [self.process.pid, *self._family()]
         try:
