@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cbpt_guard.errors import InputError, SetupError
-from cbpt_guard.files import check_output, holds, in_turn, partial_path, staged, write_text
+from cbpt_guard.files import check_output, holds, in_turn, partial_path, read_toml, staged, write_text
 
 
 def fill(out: Path, text: str = "new", *, force: bool = False, resume: bool = False) -> None:
@@ -294,6 +294,16 @@ def test_what_lies_in_an_output_is_known_through_links(tmp_path: Path) -> None:
 def test_looking_at_an_output_makes_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "deep" / "out", force=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"x = " + b"9" * 5000, b"x = " + b"[" * 5000, b"x = 1\ry = 2", b"x = '\xff'", b"x"]
+)
+def test_what_is_no_toml_is_refused_whatever_the_parser_says(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"plan .*plan\.toml: this is no TOML: "):
+        read_toml(path, "plan")
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:

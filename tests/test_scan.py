@@ -165,6 +165,16 @@ def test_settings_of_the_bank_alone_leave_a_scan_calibrated() -> None:
     assert InversionSettings(epsilon=0.1).search == SearchSettings(epsilon=0.1)
 
 
+@pytest.mark.parametrize("option", ["--shared", "--images"])
+def test_tuned_models_are_not_measured_by_half(option: str, tmp_path: Path) -> None:
+    """One of the two alone would measure the small CLIPs instead."""
+    command = [sys.executable, BENCHMARKS / "calibration.py", "measure", "--work", tmp_path / "work", option, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tuned models take both --shared and --images" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_shipped_calibration_and_the_page_are_what_the_lines_give() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "calibration.py", "page", "--check"], capture_output=True, text=True, check=False

@@ -35,7 +35,7 @@ from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, not
 from cbpt_guard.bench.suspects import implant_folder, plant, planted_triggers, provide
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
-from cbpt_guard.defense.head import GuardedHead, TriggerTest
+from cbpt_guard.defense.head import Answer, GuardedHead, TriggerTest
 from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
@@ -382,7 +382,7 @@ def test_of_two_triggers_the_mean_counts_and_the_worst_is_kept(
 
 
 def test_answers_that_are_not_finite_are_refused(digits_suspect: DigitsSuspect) -> None:
-    broken = counting.by_head(lambda f: cell.Answer(f * float("nan"), f[:, 0] > 0, f), lambda _: torch.ones(2, 3))
+    broken = counting.by_head(lambda f: Answer(f * float("nan"), f[:, 0] > 0, f), lambda _: torch.ones(2, 3))
     with pytest.raises(CheckError, match="not finite"):
         broken(None)
 
@@ -468,6 +468,15 @@ def test_a_process_hands_over_its_result_and_its_errors() -> None:
         alone(os._exit, (7,), nothing)
     with pytest.raises(SetupError, match=r"measuring failed: .*No space left"):
         alone(_fill, (), nothing)
+
+
+def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen._launch", full)
+    with pytest.raises(SetupError, match="no process of the suite could be started: Resource temporarily"):
+        alone(_double, (21,), nothing)
 
 
 def test_a_killed_suite_leaves_no_process_behind() -> None:

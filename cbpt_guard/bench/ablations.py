@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.purified import purified_run
-from cbpt_guard.bench.rival import Shots, shot_features
+from cbpt_guard.bench.rival import Shots, made_once, shot_features
 from cbpt_guard.bench.settings import CBPT
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.flag import fit_test
@@ -129,15 +128,10 @@ def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBa
 
 def _under_found(task: Task, run: PurifyRun) -> Tensor:
     """Features (K, N, E) of the shots under every found trigger of the run, made once for all variants."""
-    path = task.folder / f"found-{run.record.created.replace(':', '')}.npy"
-
-    def make() -> None:
-        partial = path.with_suffix(".new.npy")
-        np.save(partial, torch.stack([encode(task.clip, task.shots.images, trigger) for trigger in run.bank()]).numpy())
-        partial.replace(path)
-
-    task.clock.once(path, make)
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    name = f"found-{run.record.created.replace(':', '')}.npy"
+    return made_once(
+        task, name, lambda: torch.stack([encode(task.clip, task.shots.images, trigger) for trigger in run.bank()])
+    )
 
 
 def additive_only(task: Task) -> Defended:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from cbpt_guard import __version__
 from cbpt_guard.bench import counting
@@ -21,11 +19,11 @@ from cbpt_guard.bench.counting import Classify, FeatureStore, ImageSet
 from cbpt_guard.bench.defenses import DEFENSES
 from cbpt_guard.bench.lines import OFF, Key, Line, PairShares, Shares
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
+from cbpt_guard.bench.rival import unflagged
 from cbpt_guard.bench.table import UNTOUCHED
 from cbpt_guard.bench.task import Defended, Defense, Task
 from cbpt_guard.classifier import GuardedClassifier
 from cbpt_guard.defense.data import Listing, list_images, load_images
-from cbpt_guard.defense.head import Answer, Head
 from cbpt_guard.defense.job import tool_versions
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
 from cbpt_guard.defense.suspect import Suspect as OpenedSuspect
@@ -108,8 +106,9 @@ def measure(job: Job) -> list[Line]:
     if not len(images.labels):
         raise InputError(f"no image is left to count: {group.shots} shots a class are all that {dataset.clean} has")
     store = FeatureStore(job.places.work / "features", sha256)
+    undefended = unflagged(task.original.logits, task.original.logits)
     before = counting.remembered(
-        counting.by_head(_zero_shot(task.original), lambda trigger: store.features(task.clip, images, trigger))
+        counting.by_head(undefended, lambda trigger: store.features(task.clip, images, trigger))
     )
     after = counting.remembered(_classifier(group.defense, defended, task, images, store))
     lines = []
@@ -117,8 +116,8 @@ def measure(job: Job) -> list[Line]:
         planted = job.planted[key.implant]
         shown = tuple(PlantedTrigger(_off(p.trigger), p.target) for p in planted) if key.attack == OFF else planted
         pairs = counting.shares(after, shown, images)
-        undefended = counting.mean(counting.shares(before, shown, images))
-        lines.append(_line(job, key, pairs, undefended, len(images.labels), defended, cost, sha256))
+        without = counting.mean(counting.shares(before, shown, images))
+        lines.append(_line(job, key, pairs, without, len(images.labels), defended, cost, sha256))
     return lines
 
 
@@ -170,16 +169,6 @@ def _classifier(name: str, defended: Defended, task: Task, images: ImageSet, sto
     if defended.clip is task.clip and name != UNTOUCHED:
         return counting.by_head(defended.answer, lambda trigger: store.features(task.clip, images, trigger))
     return counting.by_head(defended.answer, lambda trigger: counting.encoded(defended.clip, images, trigger))
-
-
-def _zero_shot(head: Head) -> Callable[[Tensor], Answer]:
-    """The undefended classifier, which no defence has touched."""
-
-    def answer(features: Tensor) -> Answer:
-        logits = head.logits(features)
-        return Answer(logits, torch.zeros(len(features), dtype=torch.bool), logits)
-
-    return answer
 
 
 def _off(trigger: Trigger) -> Trigger:

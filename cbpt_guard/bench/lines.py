@@ -141,7 +141,7 @@ def read_together(paths: Iterable[Path]) -> list[Line]:
     held: dict[tuple[str, Key], Path] = {}
     for path in paths:
         found = {(line.dataset, line.key): line for line in read_lines(path)}
-        for cell in found.keys() & held.keys():
+        for cell in (cell for cell in found if cell in held):
             raise InputError(f"{path} and {held[cell]} both hold {' '.join(map(str, cell[1]))}; pass one of them")
         lines += found.values()
         held |= dict.fromkeys(found, path)

@@ -39,15 +39,21 @@ class Shots:
 
 def shot_features(task: Task) -> Tensor:
     """Unit features (N, E) of the shots, made once for all defences of the task."""
-    path = task.folder / _FEATURES
+    return made_once(
+        task, _FEATURES, lambda: encode(task.clip, task.shots.images, stage="shots", progress=task.progress)
+    )
 
-    def make() -> None:
+
+def made_once(task: Task, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that is kept in the task's folder under that name, and counts for each defence that asks for it."""
+    path = task.folder / name
+
+    def write() -> None:
         partial = path.with_suffix(".new.npy")
-        features = encode(task.clip, task.shots.images, stage="shots", progress=task.progress)
-        np.save(partial, features.numpy())
+        np.save(partial, make().numpy())
         partial.replace(path)
 
-    task.clock.once(path, make)
+    task.clock.once(path, write)
     return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
