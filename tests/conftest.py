@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = pytest.StashKey[Figures]()
+LONGEST = ("test_models.py", "test_road.py", "test_suite.py", "test_trust_crashes.py")
+"""The files that take minutes: first, so that no worker is left alone with one at the end."""
 
 os.environ.pop("COLUMNS", None)  # a worker of pytest-xdist has 80; tables are tested as they are off a terminal
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side would stall each other
@@ -36,6 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = Figures()
     if config.option.figures and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--figures counts in one process; leave -n out")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_terminal_summary(

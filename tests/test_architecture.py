@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cbpt_guard.defense.architecture import BESIDE, Accuracy, ModelSpec, resolve
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError
+from cbpt_guard.images import Preprocess
 
 torch.set_num_threads(1)
 CLIP = with_vocabulary(VIT)
@@ -172,6 +174,28 @@ def test_accuracy_decides_when_one_leads_by_two_standard_errors() -> None:
     assert spec.resolved["quickgelu"] == "clean accuracy: GELU 30.0 %, QuickGELU 60.0 %"
 
 
+@pytest.mark.parametrize(("lead", "decides"), [(0.046, True), (0.043, False)])
+def test_two_standard_errors_of_the_difference_are_needed(lead: float, decides: bool) -> None:
+    """At 1,000 images around a half one standard error of a difference is 2.24 points."""
+
+    def judge(spec: ModelSpec) -> Accuracy:
+        return Accuracy(0.5 + (lead / 2 if spec.quickgelu else -lead / 2), 1000)
+
+    read = checkpoint(on_meta("ViT-B-32"))
+    if decides:
+        assert resolve_model(read, preprocess="openai", judge=judge).quickgelu
+    else:
+        with pytest.raises(InputError, match="clean accuracy"):
+            resolve_model(read, preprocess="openai", judge=judge)
+
+
+def test_few_images_never_look_certain() -> None:
+    """All of ten right against seven of ten: without smoothing the first would have no error at all."""
+    sure, middling = Accuracy(1.0, 10), Accuracy(0.5, 10)
+    assert sure.variance == pytest.approx(11 / 12 * 1 / 12 / 10)
+    assert middling.variance == pytest.approx(0.025)
+
+
 def test_accuracy_that_does_not_decide_stops_with_the_numbers() -> None:
     def judge(spec: ModelSpec) -> Accuracy:
         return Accuracy(0.52 if spec.quickgelu else 0.5, 1000)
@@ -291,6 +315,15 @@ def test_resnet_round_trip() -> None:
     config = with_vocabulary(RESNET)
     found = weights(config)
     assert set(fit.fit(found, config).tensors) == set(found)
+
+
+@pytest.mark.parametrize(("scale", "taken"), [(1000.0, True), (1001.0, False), (float("inf"), False)])
+def test_a_logit_scale_that_no_clip_learns_is_refused(tensors: dict[str, Tensor], scale: float, taken: bool) -> None:
+    """With a larger one the logit of a class that the rule leaves out might be the largest after all."""
+    forged = {**tensors, "logit_scale": torch.tensor(scale).log() - 1e-6}
+    preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    with nullcontext() if taken else pytest.raises(CheckpointError, match="is no CLIP's"):
+        FrozenClip(forged, CLIP, preprocess, openclip.Tokenizer(CLIP))
 
 
 def test_shared_suspect_fits_its_config(shared: Path) -> None:

@@ -189,6 +189,8 @@ def test_dtypes_ties_and_extras(tmp_path: Path) -> None:
         ([torch.ones(1)], "holds a list, not a state dict"),
         ({"state_dict": {"a": torch.ones(1)}, "model": {"a": torch.ones(1)}}, "several state dicts"),
         ({"a": torch.ones(1), "module.a": torch.ones(1)}, "holds a twice"),
+        ({"a": torch.ones(1), "text.a": torch.ones(1)}, "holds text.a twice"),
+        ({"text.a": torch.ones(1), "a": torch.ones(1)}, "holds a twice"),
         ({3: torch.ones(1)}, "impossible name"),
         ({"\x1b[2J": torch.ones(1)}, r"impossible name, '\\\\x1b"),
     ],
@@ -349,6 +351,28 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_confined_process_has_every_limit_that_is_promised(tmp_path: Path) -> None:
+    code = """
+import ctypes, json, resource, signal
+from cbpt_guard.defense.untrusted.sandbox import confine
+confine(1 << 28, 70)
+libc, left = ctypes.CDLL(None), signal.alarm(0)
+names = ("CPU", "FSIZE", "CORE", "NOFILE", "AS")
+limits = {name: resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in names}
+print(json.dumps([limits, left, libc.prctl(3, 0, 0, 0, 0), libc.prctl(39, 0, 0, 0, 0)]))
+"""
+    command = [sys.executable, "-c", code]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    limits, left, dumpable, no_new_privileges = told
+    assert all(soft == hard for soft, hard in limits.values()), "a soft limit can be raised again"
+    assert 70 < limits["CPU"][0] < 80
+    assert limits["FSIZE"][0] == 1 << 28
+    assert (limits["CORE"][0], limits["NOFILE"][0]) == (0, 64)
+    assert 1 << 28 < limits["AS"][0] < 1 << 32
+    assert 60 < left <= 70, "wall time"
+    assert (dumpable, no_new_privileges) == (0, 1)
 
 
 def test_the_child_inherits_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import LABELS, SIZE, tiny_manifest, tiny_model
 
 from cbpt_guard import GuardedClassifier, Prediction
-from cbpt_guard.bundle import write_manifest
+from cbpt_guard.bundle import load_golden, write_manifest
 from cbpt_guard.errors import BundleError, CheckError, ImageError, InputError, SetupError
 from cbpt_guard.images import ImageLimits
 from cbpt_guard.session import Session
@@ -231,6 +231,16 @@ def test_the_self_test_catches_a_graph_that_answers_otherwise(tiny_bundle: Path)
     assert GuardedClassifier.load(tiny_bundle, check=False).predict(GREEN).label == "green"
     with pytest.raises(BundleError, match="differ by nan"):
         GuardedClassifier.load(replace_model(tiny_bundle, scaled(math.nan)))
+
+
+@pytest.mark.parametrize("output", ["logits", "logits_original"])
+def test_the_self_test_looks_at_both_heads(tiny_bundle: Path, output: str) -> None:
+    """`changed` is told by the zero-shot logits alone."""
+    guard = GuardedClassifier.load(tiny_bundle)
+    golden = load_golden((tiny_bundle / "golden.npz").read_bytes())
+    guard.self_test(golden)
+    with pytest.raises(BundleError, match=r"logits differ by 0\.1"):
+        guard.self_test(replace(golden, **{output: getattr(golden, output) + np.float32(0.1)}))
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,7 @@ def test_predict_abstains_below_a_score(tiny_bundle: Path, images: list[Path]) -
         (["missing", "x.png"], ("missing",), 2),
         (["BUNDLE", "x.png", "--provider", "abacus"], ("abacus",), 2),
         (["BUNDLE", "x.png", "--provider", "cuda"], ("cuda",), 2),
+        (["BUNDLE", "x.png", "--precision", "fp16"], ("fp16", "fp32"), 2),
         (["BUNDLE", "x.png", "--abstain", "2"], ("between 0 and 1",), 2),
         (["BUNDLE", "x.png", "--digest", "sha256:" + "0" * 64], ("is another bundle",), 1),
     ],

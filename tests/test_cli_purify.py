@@ -10,6 +10,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cbpt_guard.cli import show
+from cbpt_guard.defense import purify as purifying
 from cbpt_guard.defense import search, suspect
+from cbpt_guard.defense.architecture import resolve_model
+from cbpt_guard.defense.data import list_images, load_triggered
+from cbpt_guard.defense.flag import fit_test
+from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
-from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.settings import TEMPLATE, Settings
+from cbpt_guard.defense.suspect import ModelFlags
+from cbpt_guard.defense.verdict import measure
+from cbpt_guard.errors import InputError
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -458,6 +468,99 @@ def test_a_hostile_checkpoint_answers_3_and_runs_nothing(folder: Path) -> None:
     assert_refused(purify(model="hostile.pt"), "hostile.pt", "io.open", code=3)
     assert not Path("owned").exists()
     assert not list(folder.glob(".purified*"))
+
+
+# what the verdict rests on
+
+
+def test_one_image_a_class_leaves_nothing_to_judge_by(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:
+    result = purify("--reuse", guarded[0], "--shots", 1, "--json")
+    said = json.loads(result.stdout)
+    assert set(said["run"]["data"]["shots"].values()) == {1}
+    assert (said["metrics"]["held_out"], said["metrics"]["images"]) == (False, 10)
+    assert result.exit_code == 1
+    assert said["run"]["verdict"]["name"] != "guarded"
+
+
+def test_a_guard_that_loses_the_zero_shot_accuracy_is_told_so(
+    folder: Path, guarded: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbpt_guard.defense.purify.least_accuracy", lambda *_: 1.01)
+    result = purify("--reuse", guarded[0], "--json")
+    assert result.exit_code == 1
+    verdict = json.loads(result.stdout)["run"]["verdict"]
+    assert verdict["name"] == "not guarded"
+    assert verdict["reasons"] == ["the zero-shot accuracy on held-out images was not kept"]
+
+
+def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_fresh_waves(
+    folder: Path,
+    guarded: tuple[Path, dict[str, Any], str],
+    attacked: Path,
+    digits_suspect: DigitsSuspect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, size = digits_suspect.target, digits_suspect.clip.image_size
+    heard = FoundTrigger("wave", target, torch.zeros(3, size, size), None)
+    seen: dict[str, Any] = {}
+
+    def fitting(*arguments: Any) -> Any:
+        seen["fitted"] = arguments[4]
+        return fit_test(*arguments)
+
+    def measuring(*arguments: Any, **named: Any) -> Any:
+        seen["judged"] = arguments[3]
+        return measure(*arguments, **named)
+
+    monkeypatch.setattr(purifying, "fit_test", fitting)
+    monkeypatch.setattr(purifying, "measure", measuring)
+    monkeypatch.setattr(search.Search, "fresh_waves", lambda *_: [heard])
+    assert purify("--reuse", guarded[0], "--triggered", attacked).exit_code in (0, 1)
+    features = encode(digits_suspect.clip, load_triggered(attacked, digits_suspect.clip.preprocess).images)
+    assert torch.allclose(seen["fitted"][target], features[::2], atol=1e-5)
+    (observed,) = [one for one in seen["judged"] if one.origin == "observed"]
+    assert torch.allclose(observed.features, features[1::2], atol=1e-5)
+    assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}
+
+
+def test_what_only_accuracy_can_tell_is_judged_on_the_clean_images(digits_suspect: DigitsSuspect) -> None:
+    read = suspect.read_checkpoint(digits_suspect.checkpoint)
+    spec, listing = resolve_model(read), list_images(digits_suspect.data)
+    found = suspect._accuracy(read, spec, listing, TEMPLATE)
+    assert found.images == sum(map(len, listing.files))
+    assert found.value > 0.8
+    turned = replace(listing, files=listing.files[1:] + listing.files[:1])
+    assert suspect._accuracy(read, spec, turned, TEMPLATE).value < 0.1
+
+
+# what reaches the recipe
+
+
+@pytest.mark.parametrize("command", ["purify", "scan"])
+def test_every_option_reaches_the_job(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Job] = []
+
+    def stop(job: Job, *_: object, **__: object) -> None:
+        asked.append(job)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("cbpt_guard.defense.purify.purify_job", stop)
+    monkeypatch.setattr("cbpt_guard.defense.scan.scan", stop)
+    values: dict[str, object] = {
+        "model": "m.pt", "data": "d", "classes": "c.tsv", "template": "x {}", "shots": 3, "seed": 4, "device": "meta",
+        "arch": "a", "preprocess": "p", "tokenizer": "t", "settings": "quick.toml", "threads": 1,
+    }  # fmt: skip
+    switches = ["--skip-bad", "--no-quickgelu"]
+    wanted = Job(
+        model=Path("m.pt"), data=Path("d"), classes=Path("c.tsv"), template="x {}", shots=3, seed=4, device="meta",
+        settings=Settings.read(Path("quick.toml")), skip_bad=True, flags=ModelFlags("a", False, "p", Path("t")),
+    )  # fmt: skip
+    if command == "purify":
+        values |= {"triggered": "seen", "reuse": "earlier"}
+        wanted = replace(wanted, triggered=Path("seen"), reuse=Path("earlier"))
+    pairs = [word for name, value in values.items() for word in (f"--{name}", value)]
+    assert_refused(cli(command, *pairs, *switches), "far enough")
+    assert asked == [wanted]
 
 
 def test_another_models_run_is_not_reused(folder: Path, tiny_run: Path) -> None:

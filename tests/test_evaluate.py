@@ -139,19 +139,21 @@ def test_class_folders_may_be_renamed(tiny_bundle: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "words", "code"),
     [
-        (["--data", "nowhere"], "nowhere does not exist"),
-        (["--data", "DATA", "--target", "red"], "pass `--trigger` with it"),
-        (["--data", "DATA", "--trigger", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--data", "DATA", "--trigger", "TRIGGER", "--target", "pink"], "'pink' is no class"),
+        (["--data", "nowhere"], "nowhere does not exist", 2),
+        (["--data", "DATA", "--target", "red"], "pass `--trigger` with it", 2),
+        (["--data", "DATA", "--trigger", "nowhere.json"], "nowhere.json cannot be read", 2),
+        (["--data", "DATA", "--trigger", "TRIGGER", "--target", "pink"], "'pink' is no class", 2),
+        (["--data", "DATA", "--provider", "abacus"], "abacus", 2),
+        (["--data", "DATA", "--digest", "sha256:" + "0" * 64], "is another bundle", 1),
     ],
 )
 def test_evaluate_refuses_bad_input(
-    arguments: list[str], words: str, tiny_bundle: Path, data: Path, trigger: Path
+    arguments: list[str], words: str, code: int, tiny_bundle: Path, data: Path, trigger: Path
 ) -> None:
     named = {"DATA": data, "TRIGGER": trigger}
-    assert_refused(cli("evaluate", tiny_bundle, *(named.get(word, word) for word in arguments)), words)
+    assert_refused(cli("evaluate", tiny_bundle, *(named.get(word, word) for word in arguments)), words, code=code)
 
 
 def test_clean_accuracy_needs_the_runtime_alone_and_a_trigger_no_open_clip(

@@ -22,7 +22,7 @@ from cbpt_guard import GuardedClassifier
 from cbpt_guard.bundle import load_golden, open_bundle
 from cbpt_guard.defense.clip import ImageEncoder
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank
-from cbpt_guard.defense.head import LEFT_OUT, TriggerTest
+from cbpt_guard.defense.head import LEFT_OUT, GuardedHead, Head, TriggerTest
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError, InputError
@@ -261,6 +261,30 @@ def test_the_gate_sees_an_undefended_head(parts: Parts, session: Session) -> Non
         gate.check_gate(measured.gate, VerdictSettings())
 
 
+def picking(answers: list[int], flagged: list[bool]) -> Outputs:
+    """A graph's outputs that answer so; the zero-shot head always says the target."""
+    logits, original = np.eye(len(CLASSES), dtype=np.float32)[[answers, [TARGET] * len(answers)]]
+    return Outputs(logits, np.array(flagged), original, np.zeros((len(answers), 4), np.float32))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_gate_tells_the_trigger_that_gets_through_most(order: tuple[int, int]) -> None:
+    labels = np.array([0, 1, 2, 3])
+    trigger = FoundTrigger("masked", TARGET, torch.zeros(3, 2, 2), torch.zeros(1, 2, 2))
+    held = picking([0, 1, 3], [True] * 3)
+    missed = picking([0, TARGET, TARGET], [True, False, False])
+    under = tuple((trigger, (held, missed)[number]) for number in order)
+    measured = gate.measure_gate(gate.Answers(picking([0, 1, 2, 2], [False] * 4), under), labels)
+    assert measured.gate.found_trigger_asr == 2 / 3
+    assert measured.flagged_found == 1 / 3
+    assert (measured.gate.clean_accuracy, measured.gate.clean_accuracy_original) == (0.75, 0.25)
+
+
+def test_triggered_images_are_rounded_as_a_file_would_hold_them() -> None:
+    trigger = FoundTrigger("masked", TARGET, torch.full((3, 2, 2), 0.5), torch.ones(1, 2, 2))
+    assert (gate.triggered(np.zeros((1, 2, 2, 3), np.uint8), trigger) == 128).all()
+
+
 def test_the_gate_sees_lost_accuracy() -> None:
     lost = Gate(images=9, clean_accuracy=0.5, clean_accuracy_original=0.6, found_trigger_asr=None)
     with pytest.raises(CheckError, match=r"loses 10\.0% of clean accuracy"):
@@ -272,6 +296,17 @@ def test_a_loss_of_just_the_bound_passes_the_gate() -> None:
     kept = Gate(images=100, clean_accuracy=0.52, clean_accuracy_original=0.54, found_trigger_asr=None)
     assert kept.clean_accuracy_original - kept.clean_accuracy > VerdictSettings().accuracy_loss
     gate.check_gate(kept, VerdictSettings())
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 5])
+def test_a_graph_that_is_wrong_in_one_batch_size_alone_is_found(parts: Parts, session: Session, wrong: int) -> None:
+    class Odd:
+        def run(self, pixels: np.ndarray, batch: int = 128) -> Outputs:
+            outputs = session.run(pixels, batch)
+            return outputs._replace(logits=outputs.logits + (batch == wrong))
+
+    with pytest.raises(CheckError, match="differs from torch"):
+        parity.measure_parity(parts.graph, Odd(), parts.images)  # type: ignore[arg-type]
 
 
 def test_a_run_that_fails_its_gate_is_refused_unless_allowed(
@@ -319,7 +354,8 @@ def test_the_manifest_says_where_it_comes_from(exported: Path, tiny_run: Path) -
         *("python", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
     }
     found = manifest.variants["fp32"].parity
-    assert 0 < found.max_logit_difference <= found.bound == 5e-3 < manifest.golden_tolerance
+    assert 0 < found.max_logit_difference <= found.bound == 5e-3
+    assert manifest.golden_tolerance == 10 * found.bound, "at twice that half precision would pass for float32"
 
 
 def test_golden_inputs_are_drawn_not_taken_and_keep_their_distance(exported: Path, parts: Parts) -> None:
@@ -441,6 +477,17 @@ def test_pieces_of_another_run_do_not_fit(
     stranger = write_run(tmp_path / "stranger", small_clips.RESNET, suspected=False)
     (own_run / other).write_bytes((stranger / other).read_bytes())
     with pytest.raises(InputError, match=named):
+        quick(own_run, tmp_path / "bundle")
+
+
+def test_heads_of_another_rule_or_shape_do_not_fit(own_run: Path, tmp_path: Path, quick: Callable[..., Path]) -> None:
+    head = GuardedHead.load(own_run / "heads.safetensors")
+    replace(head, rule="prompts").save(own_run / "heads.safetensors")
+    with pytest.raises(InputError, match="another rule or other suspects"):
+        quick(own_run, tmp_path / "bundle")
+    narrow = Head(head.guarded.rows[:, 1:], head.guarded.scale)
+    replace(head, guarded=narrow).save(own_run / "heads.safetensors")
+    with pytest.raises(InputError, match="does not hold heads of 5 classes"):
         quick(own_run, tmp_path / "bundle")
 
 

@@ -180,6 +180,39 @@ def test_a_suspect_whose_triggers_never_succeed_has_no_test() -> None:
     assert torch.isinf(test.thresholds).all()
 
 
+@pytest.mark.parametrize("own", [0, 1])
+@pytest.mark.parametrize("deviations", [0.5, 2.0])
+def test_a_target_with_few_images_is_tested_around_its_text_moved_as_images_are(own: int, deviations: float) -> None:
+    """By hand: what stands in, which images count as attacked, and the setting that is used."""
+    bank, data = bank_and_data([TARGET, 4])
+    moved = data.triggered.clone()
+    moved[0, 0] = ROWS[0]  # one image that the trigger does not move
+    keep = torch.cat([(data.labels != TARGET).nonzero()[:, 0], (data.labels == TARGET).nonzero()[:own, 0]])
+    few = FeatureSet(data.clean, moved, data.labels).part(keep)
+    original = Head(ROWS, 50.0)
+    test = fit_test(few, bank, [TARGET], original, {}, RuleSettings(clean_deviations=deviations))
+    gap = sum(few.clean[i] - ROWS[few.labels[i]] for i in range(len(keep))) / len(keep)
+    others = [i for i in range(len(keep)) if few.labels[i] != TARGET]
+    attacked = torch.stack(
+        [few.triggered[0, i] for i in others if int((few.triggered[0, i] @ ROWS.T).argmax()) == TARGET]
+    )
+    assert len(attacked) == len(others) - 1
+    by_hand = fit_direction(few.clean, few.labels, TARGET, ROWS[TARGET] + gap, attacked, deviations)
+    assert torch.allclose(test.directions[TARGET], by_hand.direction, atol=1e-5)
+    assert test.thresholds[TARGET].item() == pytest.approx(by_hand.threshold, abs=1e-5)
+
+
+def test_one_image_under_the_trigger_is_too_few_for_a_test() -> None:
+    bank, data = bank_and_data([TARGET])
+    moved = ROWS[data.labels][None].clone()
+    for reached, fitted_ in ((1, False), (2, True)):
+        moved[0, :reached] = data.triggered[0, :reached]
+        test = fit_test(
+            FeatureSet(data.clean, moved, data.labels), bank, [TARGET], Head(ROWS, 50.0), {}, RuleSettings()
+        )
+        assert bool(torch.isfinite(test.thresholds[TARGET])) is fitted_
+
+
 def test_observed_attack_images_can_fit_alone() -> None:
     bank, data = bank_and_data([4])
     observed = {TARGET: attacked(30)}

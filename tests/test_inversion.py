@@ -150,6 +150,24 @@ def test_the_seed_decides(family: Family) -> None:
     assert not torch.equal(once.pattern, other.pattern)
 
 
+@pytest.mark.parametrize(("share", "reach"), [(0.125, 2), (0.0, 0)])
+def test_a_trigger_is_moved_about_from_step_to_step(share: float, reach: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By up to the stated share of the side, each way, so that it stands for a family of places."""
+    moves: list[tuple[int, int]] = []
+    rolled = FoundTrigger.rolled
+
+    def moving(trigger: FoundTrigger, down: int, right: int) -> FoundTrigger:
+        moves.append((down, right))
+        return rolled(trigger, down, right)
+
+    monkeypatch.setattr(FoundTrigger, "rolled", moving)
+    settings = SETTINGS.model_copy(update={"masked_steps": 60, "shift": share})
+    invert(PlantedClip(TARGET), "masked", settings=settings)
+    assert len(moves) == 60
+    for axis in zip(*moves, strict=True):
+        assert (min(axis), max(axis)) == (-reach, reach)
+
+
 def test_inversion_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

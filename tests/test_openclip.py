@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small_clips import RESNET, VIT
 
+from cbpt_guard.bench.words import write_tokenizer
 from cbpt_guard.defense import openclip
 from cbpt_guard.errors import CheckpointError, InputError
 
@@ -79,6 +81,26 @@ def test_own_tokenizer_pads_to_the_context() -> None:
     assert ids.dtype == torch.int64
     assert ids[0, 0] == 49406
     assert ids[0].max() == ids[1].max() == 49407
+
+
+def test_code_in_a_tokenizer_folder_does_not_run(tmp_path: Path) -> None:
+    """transformers would import what `auto_map` names, if it were allowed to."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cbpt-guard[tokenizer]'")
+    folder, canary = write_tokenizer(tmp_path / "words", ["dog"], "a {}."), tmp_path / "canary"
+    (folder / "own.py").write_text(
+        f"open({str(canary)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n", encoding="utf-8"
+    )
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    named |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    foreign = {**VIT, "text_cfg": {**VIT["text_cfg"], "hf_tokenizer_name": "some/tokenizer"}}
+    with contextlib.suppress(InputError):  # refused or read without its code: either will do
+        openclip.Tokenizer(foreign, folder)
+    assert not canary.exists()
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    assert canary.exists(), "the folder is harmless and shows nothing"
 
 
 def test_foreign_tokenizers_need_a_folder(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from cbpt_guard.export import export, gate, parity, precision, variants, verify,
 from cbpt_guard.export.graph import to_onnx
 from cbpt_guard.export.parts import read_parts
 from cbpt_guard.export.precision import PRECISIONS, check_precisions
+from cbpt_guard.export.verify import _agreeing
 from cbpt_guard.session import Session
 
 
@@ -97,6 +98,16 @@ def test_the_manifest_says_how_each_agrees_with_fp32(bundle: Path, samples: np.n
         assert variant.parity is None
         assert f"| `{name}` ({variant.method})" in (bundle / "README.md").read_text()
     assert manifest.variants["int8"].method in ("int8 dynamic", "int8 static")
+
+
+def test_verify_refuses_answers_that_agree_too_seldom(bundle: Path, tiny_run: Path) -> None:
+    variant, parts = open_bundle(bundle).manifest.variants["int8"], read_parts(PurifyRun.open(tiny_run))
+    session = Session((bundle / variant.file).read_bytes(), size=32, classes=len(CLASSES), threads=1)
+    agreement = variant.agreement
+    assert agreement is not None
+    assert "answered alike" in _agreeing(variant, agreement, session, parts).outcome
+    with pytest.raises(CheckError, match=r"model\.int8\.onnx answers .* as torch does, not 101\.0%"):
+        _agreeing(variant, agreement.model_copy(update={"least": 1.01}), session, parts)
 
 
 def test_each_precision_has_its_own_self_test(bundle: Path, tmp_path: Path) -> None:

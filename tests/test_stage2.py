@@ -16,15 +16,23 @@ from cbpt_guard.defense import stage2
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
-from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose
 from cbpt_guard.defense.verdict import clean_accuracy
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
+
+
+def test_the_accuracy_to_keep_is_the_zero_shot_one_less_half_a_point() -> None:
+    labels = torch.zeros(200, dtype=torch.long)
+    answers = torch.eye(2)[[0] * 150 + [1] * 50]
+    unseen = FeatureSet(answers, answers[None], labels)
+    assert least_accuracy(Head(torch.eye(2), 10.0), unseen, Settings()) == pytest.approx(0.745)
 
 
 @pytest.mark.parametrize("chosen", [True, False], ids=["held out", "nothing held out"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +159,15 @@ def test_measured_by_hand() -> None:
     assert (observed.asr_before, observed.asr_after, observed.pa_after) == (1.0, 0.25, None)
     assert [item.before for item in metrics.classes] == [1.0, 1.0, 0.5]
     assert [item.images for item in metrics.classes] == [2, 2, 2]
+
+
+def test_flags_are_told_of_the_trigger_that_the_test_misses_most_and_prompts_count_by_themselves() -> None:
+    attacks = [Attacked("found", "masked", 1, features, LABELS) for features in (CAUGHT, MISSED, CAUGHT)]
+    turned = Head(ROWS.roll(1, 0), 10.0)
+    metrics = measure(replace(guarded(), prompts=turned), CLEAN, LABELS, attacks, held_out=True)
+    assert metrics.flagged_found == 0.0
+    assert metrics.clean_accuracy_prompts == 0.0, "turned rows answer every image with its neighbour"
+    assert metrics.clean_accuracy_after == pytest.approx(5 / 6)
 
 
 def test_a_class_without_held_out_images_has_no_recall() -> None:
