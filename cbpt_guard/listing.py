@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -40,11 +41,13 @@ class Listing:
         return Listing(self.classes, tuple(_draw(files, shots, seed, name) for name, files in pairs))
 
 
-def list_images(data: Path, classes_file: Path | None = None) -> Listing:
+def list_images(data: Path, classes_file: Path | None = None, *, fewest_classes: int = 2) -> Listing:
     """Find the images of a folder of class folders, or of a CSV with the columns path and label.
 
+    `fewest_classes` must have images: a trigger is sought on those of others, while answers of one can be counted.
+
     Raises:
-        InputError: nothing is there, fewer than two classes, a duplicate class or an unknown one.
+        InputError: nothing is there or cannot be read, too few classes, a duplicate class or an unknown one.
     """
     found = _list_csv(data) if data.is_file() else _list_folders(data)
     renames, additions = _read_classes(classes_file) if classes_file else ({}, [])
@@ -58,12 +61,12 @@ def list_images(data: Path, classes_file: Path | None = None) -> Listing:
     foreign = [name for name in names if not _is_text(name)]
     if foreign:
         raise InputError(f"the class {foreign[0]!r} of {data} is no UTF-8 text; rename its folder")
-    if len(names) < 2:
+    if len(names) < fewest_classes:
         raise InputError(f"{data} holds one class ({names[0]!r}); a classifier needs two or more")
     files = tuple(tuple(paths) for paths in found.values()) + ((),) * len(additions)
     if not any(files):
         raise InputError(f"{data} holds class folders but no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    if sum(map(bool, files)) < 2:
+    if sum(map(bool, files)) < fewest_classes:
         shown = next(name for name, paths in zip(names, files, strict=True) if paths)
         raise InputError(f"{data} holds images of one class only ({shown!r}); a trigger is sought on others' images")
     return Listing(tuple(names), files)
@@ -89,8 +92,17 @@ def _list_folders(data: Path) -> dict[str, list[Path]]:
 
 def images_below(folder: Path) -> list[Path]:
     """Image files in a folder and its sub-folders, hidden ones left out."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [name for name in folders if name[0] != "."]
+        # a link that leads nowhere is an image that cannot be read, and told as one
+        found += (Path(place, name) for name in names if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """A folder that cannot be looked into must not pass for one without images."""
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def _list_csv(data: Path) -> dict[str, list[Path]]:

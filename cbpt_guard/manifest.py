@@ -64,7 +64,10 @@ class Parity(_Frozen):
 
 
 class Gate(_Frozen):
-    """What a variant reached on the run's held-out images, through its own ONNX file (shares in [0, 1])."""
+    """What a variant reached on the run's held-out images, through its own ONNX file (shares in [0, 1]).
+
+    Of a run that held none out these are images that it was tuned on; such a run is never "guarded".
+    """
 
     images: int
     clean_accuracy: float
@@ -73,7 +76,7 @@ class Gate(_Frozen):
 
 
 class Agreement(_Frozen):
-    """How often a reduced precision answers as the fp32 graph does on `images` held-out images (shares in [0, 1]).
+    """How often a reduced precision answers as the fp32 graph does on `images` of the gate's images (shares in [0, 1]).
 
     `triggered` is the same under the found trigger where it is least, and `least` the share that was demanded of
     clean images. The logits compared are the zero-shot ones.
@@ -122,7 +125,7 @@ class Manifest(_Frozen):
     preprocess: Preprocess
     rule: RuleEntry
     graph: Graph
-    variants: dict[str, Variant]
+    variants: dict[str, Variant] = Field(min_length=1)
     golden_tolerance: float
     tools: dict[str, str]
     settings: dict[str, Any]

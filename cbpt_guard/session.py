@@ -6,6 +6,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn
 
@@ -107,14 +108,17 @@ class Session:
             parts = [self._session.run(GRAPH_OUTPUTS, {GRAPH_INPUT: pixels[i : i + batch_size]}) for i in starts]
         except Exception as error:  # onnxruntime's errors share no base class
             raise SetupError(f"onnxruntime failed; a smaller batch needs less memory: {error}") from error
-        outputs = Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        if not outputs.logits.shape == outputs.logits_original.shape == (len(pixels), self.classes):
-            raise BundleError(f"the graph answers {outputs.logits.shape} for {len(pixels)} x {self.classes} classes")
-        return outputs
+        self._check_answer([output.shape for output in parts[0]], min(len(pixels), batch_size))
+        return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def __reduce__(self) -> NoReturn:
         """A loaded graph lives in its own process."""
         raise SetupError("a loaded classifier cannot be pickled or copied; load the bundle in each process")
+
+    def _check_answer(self, shapes: list[tuple[int, ...]], count: int) -> None:
+        scores, embedding = (count, self.classes), shapes[-1]
+        if shapes[:-1] != [scores, (count,), scores] or len(embedding) != 2 or embedding[0] != count:
+            raise BundleError(f"the graph answers {shapes} for {count} images of {self.classes} classes")
 
     def _check_doors(self) -> None:
         expected = ([GRAPH_INPUT], "tensor(uint8)", [self.size, self.size, 3])
@@ -194,7 +198,7 @@ def _check_available(names: list[str], available: list[str]) -> None:
 
 def _two_builds(before: str = "; ") -> str:
     """What to say when several builds of onnxruntime are installed: all own one folder, and the last one won."""
-    found = [name for name in _BUILDS if _installed(name)]
+    found = builds_here()
     if len(found) < 2:
         return ""
     return (
@@ -202,9 +206,10 @@ def _two_builds(before: str = "; ") -> str:
     )
 
 
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
+def builds_here() -> dict[str, str]:
+    """onnxruntime's builds that are installed, by the names they are published under, with their versions."""
+    found = {}
+    for name in _BUILDS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify, scan
-from cbpt_guard.cli.show import note, plain
+from cbpt_guard.cli.show import note, one_line, plain
 from cbpt_guard.errors import CbptGuardError
 
 _BUG = 70
@@ -22,10 +22,6 @@ _NEEDS_EXTRA = {
     "onnxruntime": "cpu",
     **dict.fromkeys(("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors", "sklearn"), "purify"),
     **dict.fromkeys(("cyclonedx", "packageurl", "packaging"), "purify"),
-}
-_KEPT = {
-    "purify": "; what was found so far is kept: the same command with `--resume` goes on",
-    "bench": "; `bench run` goes on where it was",
 }
 
 
@@ -51,14 +47,14 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt, _Terminated) as error:
             if hasattr(error, "exit_code") and not isinstance(error, CbptGuardError):  # typer's own: usage, typer.Exit
                 raise
-            raise typer.Exit(_told(error, ctx.invoked_subcommand)) from error
+            raise typer.Exit(_told(error)) from error
 
 
-def _told(error: BaseException, command: str | None) -> int:
+def _told(error: BaseException) -> int:
     """Say what ended a command, and answer its exit code."""
     stops = [number for number, (kind, _) in _STOPS.items() if isinstance(error, kind)] or _received
     if stops:
-        note(_STOPS[stops[0]][1] + _KEPT.get(command or "", ""))
+        note("; ".join([_STOPS[stops[0]][1], *getattr(error, "__notes__", ())]))  # notes: what is kept, by who keeps it
         return 128 + stops[0]
     if isinstance(error, CbptGuardError):
         note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
@@ -67,6 +63,9 @@ def _told(error: BaseException, command: str | None) -> int:
         # the reader of stdout went away; python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if isinstance(error, OSError) and error.filename is not None:  # what no check foresaw: a folder without rights, ...
+        note(f"error: {one_line(str(error.filename))}: {error.strerror}")
+        return 2
     return _explained(error)
 
 

@@ -53,7 +53,11 @@ def run(
         return
     places = Places(tuple(root or [Path()]), work)
     start = partial(prepare_torch, threads)
-    added = run_suite(read, places, out, groups=groups, split=split, device=device, start=start, report=note)
+    try:
+        added = run_suite(read, places, out, groups=groups, split=split, device=device, start=start, report=note)
+    except BaseException as error:
+        error.add_note("`bench run` goes on where it was")
+        raise
     note(f"{added} lines added")
     sys.stdout.write(f"{out}\n")
 

@@ -23,6 +23,7 @@ def evaluate(
     trigger: Annotated[Path | None, typer.Option(help="A trigger.json: count ASR and PA under it, too.")] = None,
     target: Annotated[str | None, typer.Option(help="The class it aims at; the trigger's own when left out.")] = None,
     digest: options.Digest = None,
+    precision: options.Precision = "fp32",
     provider: Annotated[list[str] | None, typer.Option(help="Where it runs: cpu, cuda, ...")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The counts on stdout as JSON.")] = False,
@@ -41,8 +42,8 @@ def evaluate(
         apply, target = planted.trigger.apply, target or planted.target
     elif target is not None:
         raise InputError("`--target` says where a trigger aims; pass `--trigger` with it")
-    guard = GuardedClassifier.load(bundle, providers=provider, digest=digest)
-    found = count(guard, list_images(data, classes), apply, target, seed=seed)
+    guard = GuardedClassifier.load(bundle, providers=provider, digest=digest, precision=precision)
+    found = count(guard, list_images(data, classes, fewest_classes=1), apply, target, seed=seed)
     if as_json:
         sys.stdout.write(json.dumps(found.model_dump(mode="json"), indent=1) + "\n")
     else:

@@ -36,4 +36,5 @@ Tokenizer = Annotated[
 Digest = Annotated[
     str | None, typer.Option(help="Accept only the bundle of this digest, sha256:..., as `verify` prints it.")
 ]
+Precision = Annotated[str, typer.Option(help="Which of the bundle's graphs: fp32, fp16 or int8.")]
 TEMPLATE = "a photo of a {}."

@@ -18,7 +18,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     digest: options.Digest = None,
-    precision: Annotated[str, typer.Option(help="Which of its graphs: fp32, fp16 or int8.")] = "fp32",
+    precision: options.Precision = "fp32",
     provider: Annotated[list[str] | None, typer.Option(help="Where it runs: cpu, cuda, ...")] = None,
     abstain: Annotated[float | None, typer.Option(help="No label below this score.")] = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _console() -> Console:
-    width = None if sys.stderr.isatty() else int(os.environ.get("COLUMNS", _WIDTH_OFF_TERMINAL))
+    width = None if sys.stderr.isatty() else shutil.get_terminal_size((_WIDTH_OFF_TERMINAL, 0)).columns
     return Console(stderr=True, width=width)
 
 

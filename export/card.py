@@ -18,7 +18,7 @@ _CARD = """\
 
 **Verdict: {verdict}.**{reasons}
 
-| on {images} held-out images | value |
+| on {images} {images_are} | value |
 |---|---|
 | clean accuracy, undefended | {original} |
 | clean accuracy, guarded | {guarded} |
@@ -70,8 +70,8 @@ Made on {created} with settings that `manifest.json` holds.
 """
 
 
-def card(manifest: Manifest, classes: Sequence[str]) -> str:
-    """The text of README.md."""
+def card(manifest: Manifest, classes: Sequence[str], *, held_out: bool) -> str:
+    """The text of README.md; `held_out`: whether the gate's images were kept from tuning."""
     variant = next(iter(manifest.variants.values()))
     gate, rule = variant.gate, manifest.rule
     return _CARD.format(
@@ -81,6 +81,7 @@ def card(manifest: Manifest, classes: Sequence[str]) -> str:
         verdict=manifest.verdict,
         reasons="".join(f"\n- {escaped(reason)}" for reason in manifest.reasons),
         images=gate.images,
+        images_are="held-out images" if held_out else "images that were tuned on (none was held out)",
         original=_percent(gate.clean_accuracy_original),
         guarded=_percent(gate.clean_accuracy),
         asr=_percent(gate.found_trigger_asr),

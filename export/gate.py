@@ -80,14 +80,14 @@ def check_gate(
     if gate.found_trigger_asr is not None and exceeds(gate.found_trigger_asr, bounds.found_asr):
         raise CheckError(
             f"{name} does not pass its gate: found-trigger ASR {gate.found_trigger_asr:.1%} on "
-            f"{gate.images} held-out images, at most {bounds.found_asr:.1%} is allowed"
+            f"{gate.images} of the run's images, at most {bounds.found_asr:.1%} is allowed"
         )
     before = gate.clean_accuracy_original if undefended is None else undefended
     loss = before - gate.clean_accuracy
     if exceeds(loss, bounds.accuracy_loss):
         raise CheckError(
             f"{name} does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
-            f"held-out images, at most {bounds.accuracy_loss:.1%} is allowed"
+            f"of the run's images, at most {bounds.accuracy_loss:.1%} is allowed"
         )
 
 

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from cbpt_guard.errors import InputError
 from cbpt_guard.manifest import Manifest
+from cbpt_guard.session import builds_here
 
 _SERVING: Final = "cpu"
 """The extra whose requirements are listed: `gpu` differs in the build of onnxruntime only."""
@@ -98,7 +99,9 @@ def _requirements() -> Iterator[Component]:
         wanted = Requirement(text)
         if wanted.marker is None or wanted.marker.evaluate({"extra": _SERVING}):
             asked = Property(name="cbpt-guard:requires", value=str(wanted.specifier))
-            yield _library(wanted.name, version(wanted.name), "runtime", asked)
+            # whichever build of onnxruntime is installed: it is what the bundle was tested with
+            found = builds_here() if wanted.name == "onnxruntime" else {wanted.name: version(wanted.name)}
+            yield from (_library(name, release, "runtime", asked) for name, release in found.items())
 
 
 def _library(name: str, release: str, role: str, *properties: Property) -> Component:

@@ -124,8 +124,8 @@ def _failure(found: _Candidate, full: Built, parts: Parts) -> str | None:
         return str(error)
     if agreement.clean < agreement.least:
         return (
-            f"{found.method} does not pass its gate: it answers {agreement.clean:.1%} of {agreement.images} held-out "
-            f"images as fp32 does, at least {agreement.least:.1%} is demanded"
+            f"{found.method} does not pass its gate: it answers {agreement.clean:.1%} of {agreement.images} of the "
+            f"run's images as fp32 does, at least {agreement.least:.1%} is demanded"
         )
     return None
 

@@ -42,10 +42,11 @@ from cbpt_guard.export.triton import VERSION, check_layout, write_repository
 from cbpt_guard.export.variants import Built, build_full, build_reduced
 from cbpt_guard.files import holds, staged
 from cbpt_guard.manifest import Graph, Manifest, ModelEntry, RuleEntry
-from cbpt_guard.session import Session
+from cbpt_guard.session import Session, builds_here
 
 FULL: Final = "fp32"
-_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+_MARKS: Final = (MANIFEST, LABELS, GOLDEN)  # many a web page has a manifest.json
+_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "numpy", "pillow")
 
 
 def export(
@@ -132,7 +133,7 @@ def _write(
         shutil.copyfile(folder / next(iter(built.values())).variant.golden, folder / GOLDEN)
     (folder / LABELS).write_text(json.dumps(head.classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(run.path / RUN_PROMPTS, folder / PROMPTS)
-    (folder / CARD).write_text(card(manifest, head.classes), encoding="utf-8")
+    (folder / CARD).write_text(card(manifest, head.classes, held_out=run.metrics.held_out), encoding="utf-8")
     hashes = {v.file: file_entry(folder / v.file).sha256 for v in manifest.variants.values()}
     (folder / SBOM).write_text(sbom(manifest, hashes), encoding="utf-8")
     write_manifest(folder, manifest)
@@ -165,7 +166,7 @@ def _manifest(
         graph=doors,
         variants={name: made.variant for name, made in built.items()},
         golden_tolerance=golden_tolerance(parts.graph.head),
-        tools={"python": platform.python_version(), **{name: version(name) for name in _TOOLS}},
+        tools={"python": platform.python_version(), **{name: version(name) for name in _TOOLS}, **builds_here()},
         settings={"seed": record.seed, "template": record.template, **record.settings},
         files={},
     )
@@ -191,7 +192,7 @@ def _check_target(run: PurifyRun, out: Path) -> None:
     """`force` replaces a whole folder: it must be a bundle, and never the run itself."""
     if holds(out, run.path):
         raise InputError(f"{out} holds the run that is to be exported; pass another `--out`")
-    ours = (out / MANIFEST).is_file() or (out / VERSION / MANIFEST).is_file()
+    ours = any(all((place / name).is_file() for name in _MARKS) for place in (out, out / VERSION))
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise InputError(f"{out} exists and is no bundle, so it is not replaced; pass another `--out`")
 

@@ -13,6 +13,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import runpy
 import struct
 import subprocess
@@ -202,6 +203,24 @@ def _two_directories(canary: Canary) -> bytes:
     return shifted + bytes(tame[directory:end]) + bytes(record)
 
 
+def _two_directories_of_one_size(canary: Canary) -> bytes:
+    """Both directories know the hostile entry, by names of one length; only the one that torch reads calls it a pickle.
+
+    The local header has a harmless name, too: walking those finds nothing either.
+    """
+    evil = pickle.dumps(system(canary), protocol=2)
+    both = archive({"x/pad": bytes(4096), "x/version": b"3\n", "x/byteorder": b"little", "x/note.txt": evil})
+    start, end = both.index(b"PK\x01\x02"), both.index(b"PK\x05\x06")
+    tame = bytearray(both[start:end])
+    for place in (
+        found.start() for found in re.finditer(b"PK\x01\x02", both[start:end])
+    ):  # Python adds what the second directory lies too late
+        offset = int.from_bytes(tame[place + 42 : place + 46], "little") - len(tame)
+        tame[place + 42 : place + 46] = (offset % 2**32).to_bytes(4, "little")
+    torchs = both[start:end].replace(b"x/note.txt", b"x/data.pkl")
+    return bytes(both[:start] + torchs + tame + both[end:])
+
+
 def _tar(canary: Canary) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as file:
@@ -223,6 +242,8 @@ FORMS: dict[str, tuple[Callable[[Canary], bytes | bytearray], bool]] = {
     "zip: another name in the local header": (_other_local_name, True),
     "zip: compressed": (lambda c: archive(torch_zip(pickle.dumps(system(c), protocol=2)), zipfile.ZIP_DEFLATED), True),
     "zip: two directories": (_two_directories, True),
+    "zip: two directories of one size": (_two_directories_of_one_size, True),
+    "zip: a comment": (lambda c: _first_entry(c)[:-2] + b"\2\0hi", True),
     "zip: data.pkl twice, the second hostile": (
         lambda c: archive([*torch_zip(b"\x80\x02}.").items(), ("x/data.pkl", pickle.dumps(system(c), protocol=2))]),
         False,

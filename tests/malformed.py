@@ -243,6 +243,16 @@ PATHS: dict[str, Callable[[Path], object]] = {
         path, _model(vision_cfg={"timm_model_name": "resnet18", "timm_model_pretrained": True})
     ),
     "config: remote tokenizer": lambda path: _folder(path, _model(text_cfg={"hf_tokenizer_name": "evil/x"})),
+    "config: vocabulary from a path": lambda path: _folder(
+        path, _model(text_cfg={"tokenizer_kwargs": {"bpe_path": "/x"}})
+    ),
+    "config: a tokenizer that downloads": lambda path: _folder(
+        path, _model(text_cfg={"tokenizer_kwargs": {"reduction_mask": "syntax"}})
+    ),
+    "config: tokenizer options as a text": lambda path: _folder(path, _model(text_cfg={"tokenizer_kwargs": "abc"})),
+    "config: no context length": lambda path: _folder(path, _model(text_cfg={"context_length": None})),
+    "config: a patch of two sides": lambda path: _folder(path, _model(vision_cfg={"patch_size": [16, 16]})),
+    "config: a width of parts": lambda path: _folder(path, _model(text_cfg={"width": {"a": 1}})),
     "config: a hook": lambda path: _folder(path, _model(text_cfg={"__reduce__": ["os.system", "x"]}, hook="os.system")),
     "config: auto_map": lambda path: _folder(path, _model(auto_map={"AutoModel": "evil--modeling.Evil"})),
     "config: a trillion layers": lambda path: _folder(path, _model(vision_cfg={"layers": 10**12})),

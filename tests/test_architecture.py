@@ -14,7 +14,7 @@ import torch
 from small_clips import PREPROCESS_CFG, RESNET, VIT, weights, with_vocabulary
 from torch import Tensor
 
-from cbpt_guard.defense import fit, openclip
+from cbpt_guard.defense import fit, modelconfig, openclip
 from cbpt_guard.defense.architecture import BESIDE, Accuracy, ModelSpec, resolve_model
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
@@ -114,7 +114,9 @@ def test_config_beside_the_file_settles_everything(tensors: dict[str, Tensor]) -
     assert {spec.resolved[name] for name in ("architecture", "quickgelu", "preprocess")} == {BESIDE}
 
 
-def test_flags_come_before_the_config_beside(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+def test_flags_come_before_the_config_beside(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "pre.json"
     file.write_text(json.dumps({"mean": [0, 0, 0], "std": [1, 1, 1]}), encoding="utf-8")
     read = checkpoint(tensors, model_cfg=CLIP, preprocess_cfg=PREPROCESS_CFG)
@@ -122,6 +124,10 @@ def test_flags_come_before_the_config_beside(tensors: dict[str, Tensor], tmp_pat
     assert spec.config["quick_gelu"] is spec.quickgelu is True
     assert (spec.preprocess.std, spec.preprocess.resize_mode) == ((1.0, 1.0, 1.0), "shortest")
     assert spec.tokenizer == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(read, quickgelu=True, preprocess=str(file), tokenizer=Path("open_clip")).tokenizer == str(
+        tmp_path / "open_clip"
+    ), "a folder of that name is not open_clip's own tokenizer"
     assert spec.resolved["quickgelu"] == "--quickgelu"
     assert spec.resolved["preprocess"] == "--preprocess pre.json"
 
@@ -242,6 +248,19 @@ def hostile(**vision: Any) -> dict[str, Any]:
     return config
 
 
+def with_text(**text: object) -> dict[str, Any]:
+    return {**CLIP, "text_cfg": {**CLIP["text_cfg"], **text}}
+
+
+def asking(**options: object) -> dict[str, Any]:
+    return with_text(tokenizer_kwargs=options)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-H-14-CLIPA", "ViT-B-16-SigLIP2", "ViT-B-32"])
+def test_what_published_configs_ask_of_a_tokenizer_is_let_through(name: str) -> None:
+    assert modelconfig.checked_model(openclip.named_config(name))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -250,6 +269,15 @@ def hostile(**vision: Any) -> dict[str, Any]:
         (hostile(image_size=[32, 64]), "images must be square"),
         (hostile(image_size=10**6), "image_size in model_cfg"),
         (hostile(patch_size="x"), "patch_size in model_cfg must be a number"),
+        (hostile(patch_size=[16, 16]), "patch_size in model_cfg must be a number"),
+        (hostile(width={"a": 1}), "width in model_cfg must be a number"),
+        (asking(bpe_path="/etc/hostname"), "tokenizer_kwargs asks for what no published config does"),
+        (asking(reduction_mask="syntax"), "tokenizer_kwargs asks"),
+        (asking(clean="own"), "tokenizer_kwargs asks"),
+        (asking(context_length=5), "tokenizer_kwargs asks"),
+        (with_text(tokenizer_kwargs="abc"), "tokenizer_kwargs asks"),
+        (with_text(context_length=None), "context_length is no number"),
+        (with_text(context_length=True), "context_length is no number"),
         (hostile(timm_model_name="hf-hub:evil/model"), "remote or local path"),
         (hostile(timm_model_name="no_such_model"), "cannot build this architecture"),
         (hostile(head_width=0), "cannot build this architecture"),
@@ -324,6 +352,16 @@ def test_a_logit_scale_that_no_clip_learns_is_refused(tensors: dict[str, Tensor]
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     with nullcontext() if taken else pytest.raises(CheckpointError, match="is no CLIP's"):
         FrozenClip(forged, CLIP, preprocess, openclip.Tokenizer(CLIP))
+
+
+@pytest.mark.parametrize(("bias", "taken"), [(-17.0, True), (-1001.0, False), (float("nan"), False)])
+def test_a_logit_bias_that_no_clip_learns_is_refused(bias: float, taken: bool) -> None:
+    """With -20,000 the class that the rule leaves out would be the answer."""
+    config = {**CLIP, "init_logit_bias": -10.0}
+    forged = openclip.build(config, device="cpu").state_dict() | {"logit_bias": torch.tensor(bias)}
+    preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    with nullcontext() if taken else pytest.raises(CheckpointError, match=r"logit bias of .* is no CLIP's"):
+        FrozenClip(forged, config, preprocess, openclip.Tokenizer(CLIP))
 
 
 def test_shared_suspect_fits_its_config(shared: Path) -> None:

@@ -150,6 +150,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: edit_manifest(b, lambda m: m.update(colour="red")),
         "malformed in 1 places: colour",
     ),
+    "no graph": (lambda b: edit_manifest(b, lambda m: m.update(variants={})), "variants: "),
     "missing field": (lambda b: edit_manifest(b, lambda m: m.pop("variants")), "variants: Field required"),
     "no tolerance": (
         lambda b: edit_manifest(b, lambda m: m.update(golden_tolerance=float("nan"))),

@@ -18,6 +18,7 @@ import pytest
 from commands import ENVIRONMENT, SCRIPT, assert_refused, blocking, cli, python, script
 from PIL import Image
 from small_runs import CLASSES, write_run
+from started import powerless
 
 from cbpt_guard import GuardedClassifier, __version__
 from cbpt_guard.bundle import open_bundle
@@ -150,21 +151,40 @@ def test_export_keeps_what_is_there_until_it_can_replace_it(tiny_run: Path, expo
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "where", "kept"),
     [
-        (["export"], "interrupted\n"),
-        (["purify", "--model", "m.pt", "--data", "d"], "interrupted; what was found so far is kept: the same command "),
+        (["export"], "cbpt_guard.export.export", False),
+        (["purify", "--model", "m.pt", "--data", "d"], "cbpt_guard.defense.purify.prepare", False),
+        (["purify", "--model", "m.pt", "--data", "d", "--dry-run"], "cbpt_guard.defense.plan.prepare", False),
+        (["purify", "--model", "m.pt", "--data", "d"], "cbpt_guard.defense.purify.Purification", True),
+        (["bench", "implant", "--model", "m"], "cbpt_guard.defense.data.list_images", False),
     ],
 )
-def test_only_what_can_go_on_says_so(command: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_can_go_on_says_so(
+    command: list[str], where: str, kept: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cbpt_guard.export.export", interrupted)
-    monkeypatch.setattr("cbpt_guard.defense.purify.purify_job", interrupted)
+    monkeypatch.setattr("cbpt_guard.defense.purify.prepare", lambda *_: None)
+    monkeypatch.setattr(where, interrupted)
+    if command[:2] == ["bench", "implant"]:
+        command = [*command, *("--attack", "badnet", "--target", "x", "--data", "d", "--out", "o")]
     result = cli(*command)
     assert result.exit_code == 130
-    assert result.stderr.startswith(said)
+    said = "interrupted; what was found so far is kept: the same command with `--resume` goes on\n"
+    assert result.stderr == (said if kept else "interrupted\n")
+
+
+def test_what_no_check_foresaw_about_a_file_is_one_line_of_why(folder: Path, tiny_bundle: Path) -> None:
+    """A path of 300 characters here; folders without rights, a device that fails."""
+    assert_refused(cli("inspect", "a" * 300), "a" * 300, "File name too long")
+    assert_refused(cli("scan", "--model", "m.pt", "--data", "a" * 300), "File name too long")
+    (folder / "closed").mkdir(mode=0)
+    command = [*powerless(), str(SCRIPT), "evaluate", str(tiny_bundle), "--data", "closed/deeper"]
+    refused = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    (folder / "closed").chmod(0o700)
+    assert_refused(refused, "closed/deeper", "Permission denied")
 
 
 def test_a_signal_that_a_library_wraps_is_still_what_ended_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

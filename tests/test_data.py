@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from started import powerless
 
 from cbpt_guard.defense.data import Listing, list_images, load_images, load_triggered, split
 from cbpt_guard.errors import InputError
@@ -69,6 +73,32 @@ def test_only_visible_images_are_listed(data: Path) -> None:
     listing = list_images(data)
     assert listing.classes == ("apple", "cat", "dog")
     assert names(listing)[1] == ["0.png", "1.png", "2.png", "x.JPG"]
+
+
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(data: Path) -> None:
+    (data / "cat" / "gone.png").symlink_to(data / "nowhere.png")
+    os.mkfifo(data / "cat" / "pipe.png")
+    assert names(list_images(data))[1] == ["0.png", "1.png", "2.png", "gone.png", "pipe.png"]
+    with pytest.raises(InputError, match=r"2 images cannot be read[^$]*gone\.png[^$]*pipe\.png"):
+        load_images(list_images(data), Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_an_empty_one(data: Path) -> None:
+    (data / "cat" / "deep").mkdir()
+    (data / "cat" / "deep").chmod(0)
+    code = "import sys, pathlib, cbpt_guard.listing as listing\nlisting.list_images(pathlib.Path(sys.argv[1]))"
+    command = [*powerless(), sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (data / "cat" / "deep").chmod(0o700)
+    assert "InputError" in done.stderr
+    assert f"{data / 'cat' / 'deep'} cannot be read: Permission denied" in done.stderr
+
+
+def test_one_class_is_enough_to_count_answers(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "0.png")
+    assert list_images(tmp_path, fewest_classes=1).classes == ("cat",)
+    (tmp_path / "dog").mkdir()
+    assert list_images(tmp_path, fewest_classes=1).classes == ("cat", "dog")
 
 
 def test_a_csv_lies_beside_its_images(data: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError, InputError
 from cbpt_guard.export import export, gate, graph, parity, write
+from cbpt_guard.export import sbom as sbom_module
 from cbpt_guard.export.card import escaped
 from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.images import Preprocess
@@ -397,6 +398,7 @@ def test_force_never_replaces_the_run_or_a_strangers_folder(
             quick(own_run, out, force=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "photos" / "manifest.json").write_text('{"name": "a web page"}')
     with pytest.raises(InputError, match="is no bundle"):
         quick(own_run, tmp_path / "photos", force=True)
     assert contents(own_run) == before
@@ -406,7 +408,7 @@ def test_force_never_replaces_the_run_or_a_strangers_folder(
 def test_an_interrupted_export_leaves_nothing_and_starts_over(
     tiny_run: Path, tmp_path: Path, quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> str:
+    def interrupted(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -502,6 +504,30 @@ def test_the_card_shows_names_as_they_are(exported: Path) -> None:
     text = (exported / "README.md").read_text()
     assert r"apple, \*bold\* \| \[pipe\]\(x\), banana, dog, naïve été" in text
     assert escaped("a\n# b\u202e<script>") == r"a \# b \<script\>"
+
+
+def test_the_card_tells_where_nothing_was_held_out(
+    own_run: Path, tmp_path: Path, quick: Callable[..., Path], exported: Path
+) -> None:
+    assert "| on 40 held-out images | value |" in (exported / "README.md").read_text()
+    metrics = json.loads((own_run / "metrics.json").read_text()) | {"held_out": False}
+    (own_run / "metrics.json").write_text(json.dumps(metrics))
+    card = (quick(own_run, tmp_path / "bundle") / "README.md").read_text()
+    assert "| on 40 images that were tuned on (none was held out) | value |" in card
+    assert "held-out" not in card
+
+
+def test_a_bundle_lists_the_build_of_onnxruntime_that_made_it(
+    tiny_run: Path, tmp_path: Path, quick: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (write, sbom_module):
+        monkeypatch.setattr(module, "builds_here", lambda: {"onnxruntime-gpu": "1.20.0"})
+    bundle = quick(tiny_run, tmp_path / "bundle")
+    tools = open_bundle(bundle).manifest.tools
+    assert tools["onnxruntime-gpu"] == "1.20.0"
+    assert "onnxruntime" not in tools
+    listed = json.loads((bundle / "sbom.cdx.json").read_text())["components"]
+    assert "onnxruntime-gpu" in {one["name"] for one in listed}
 
 
 def test_verifying_needs_no_torch(exported: Path) -> None:

@@ -190,7 +190,9 @@ def test_quantising_that_brings_the_backdoor_back_is_caught(tmp_path: Path, monk
     assert recorded.variants["int8"].gate.found_trigger_asr > 0.05
     assert recorded.allow_unguarded
     command = cli("export", "--run", run, "--out", tmp_path / "third", "--precision", "fp32", "--precision", "int8")
-    assert_refused(command, "int8 static does not pass its gate", "found-trigger ASR", "on 40 held-out images", code=1)
+    assert_refused(
+        command, "int8 static does not pass its gate", "found-trigger ASR", "on 40 of the run's images", code=1
+    )
     assert not (tmp_path / "third").exists()
 
 
@@ -199,7 +201,7 @@ def test_a_variant_that_answers_otherwise_is_refused_even_if_it_is_accurate(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "LEAST_AGREEMENT", 1.01)
-    with pytest.raises(CheckError, match=r"fp16 does not pass its gate: it answers 100\.0% of 40 held-out images"):
+    with pytest.raises(CheckError, match=r"fp16 does not pass its gate: it answers 100\.0% of 40 of the run's images"):
         export(tiny_run, tmp_path / "bundle", precision=["fp16"])
     assert not (tmp_path / "bundle").exists()
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
-from tiny import LABELS, SIZE
+from onnx import TensorProto, helper
+from tiny import LABELS, SIZE, tiny_model
 
-from cbpt_guard import GuardedClassifier
-from cbpt_guard.errors import SetupError
+from cbpt_guard import GuardedClassifier, session
+from cbpt_guard.errors import BundleError, SetupError
 from cbpt_guard.session import Session
 
 FORKED = """
@@ -126,6 +130,31 @@ def test_a_run_leaves_no_thread_spinning(pristine_bundle: Path) -> None:
         time.sleep(0.05)
         spent.append(time.process_time() - before)
     assert sorted(spent)[2] < 0.01
+
+
+@pytest.mark.parametrize(("output", "shape"), [("triggered", []), ("triggered", [4]), ("embedding", [2])])
+def test_a_graph_whose_answers_have_odd_shapes_is_a_broken_bundle(output: str, shape: list[int]) -> None:
+    model = onnx.load_from_string(tiny_model())
+    node = next(node for node in model.graph.node if output in node.output)
+    kind = TensorProto.BOOL if output == "triggered" else TensorProto.FLOAT
+    odd = helper.make_node("Constant", [], [output], value=helper.make_tensor("v", kind, shape, [0] * math.prod(shape)))
+    node.output[list(node.output).index(output)] = "unused"
+    for other in model.graph.node:
+        other.input[:] = ["unused" if name == output else name for name in other.input]
+    model.graph.node.insert(0, odd)
+    with pytest.raises(BundleError, match="the graph answers"):
+        Session(model.SerializeToString(), size=SIZE, classes=5).run(np.full((3, SIZE, SIZE, 3), 200, np.uint8))
+
+
+@pytest.mark.parametrize("build", ["onnxruntime", "onnxruntime-gpu"])
+def test_the_build_that_is_installed_is_the_one_that_is_told(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(name: str) -> str:
+        if name != build:
+            raise PackageNotFoundError(name)
+        return "1.20.0"
+
+    monkeypatch.setattr(session, "version", only)
+    assert session.builds_here() == {build: "1.20.0"}
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is there")

@@ -235,7 +235,7 @@ def _spec(
         config={**of_size[name], "quick_gelu": quickgelu},
         preprocess=modelconfig.build_preprocess(fields, size),
         quickgelu=quickgelu,
-        tokenizer=OPEN_CLIP_TOKENIZER if tokenizer is None else str(tokenizer),
+        tokenizer=OPEN_CLIP_TOKENIZER if tokenizer is None else str(tokenizer.absolute()),
         resolved={**settled, "quickgelu": options["quickgelu"].how, "preprocess": options["preprocess"].how},
     )
 

@@ -14,7 +14,9 @@ from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.errors import CheckpointError
 from cbpt_guard.images import Preprocess
 
-_LARGEST_SCALE = 1000.0  # far above what models learn, and small enough that head.LEFT_OUT stays below any logit
+_LARGEST_SCALE = (
+    1000.0  # of the bias, too; far above what models learn, and small enough that head.LEFT_OUT stays below any logit
+)
 
 
 class ImageEncoder(nn.Module):
@@ -132,6 +134,8 @@ class FrozenClip:
             raise CheckpointError(f"a logit scale of {self.logit_scale:.3g} is no CLIP's: they learn at most 100 or so")
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias)
+        if not abs(self.logit_bias) <= _LARGEST_SCALE:
+            raise CheckpointError(f"a logit bias of {self.logit_bias:.3g} is no CLIP's: SigLIP learns some -17")
 
     @property
     def image_size(self) -> int:

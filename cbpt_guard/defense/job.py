@@ -82,7 +82,10 @@ class Prepared:
 def check_places(job: Job, out: Path, force: bool) -> None:
     """Refuse an output that may not be made or would replace what the job reads; raises as `check_output` does."""
     check_output(out, force, OURS)
-    inputs = {"--model": job.model, "--data": job.data, "--classes": job.classes, "--triggered": job.triggered}
+    inputs = {
+        "--model": job.model, "--data": job.data, "--classes": job.classes, "--triggered": job.triggered,
+        "--reuse": job.reuse, "--tokenizer": job.flags.tokenizer,
+    }  # fmt: skip
     for flag, path in inputs.items():
         if path is not None and holds(out, path):
             raise InputError(f"{out} holds `{flag}` {path} and would replace it; pass another `--out`")

@@ -26,6 +26,7 @@ _LARGEST = {
     "context_length": 8192,
     "vocab_size": 2_000_000,
 }
+_LISTED = ("image_size", "layers")  # of these a config may state one for each side or stage
 _LARGEST_OTHER = 65536
 _LARGEST_GRID = 1 << 24  # elements of a computed position embedding
 _LONGEST_TEXT, _LONGEST_LIST, _DEEPEST = 200, 8, 4
@@ -109,6 +110,8 @@ def checked_model(config: Mapping[str, Any], name: str = "this architecture") ->
 def _check_bounds(name: str, value: object, depth: int = 0) -> None:
     if isinstance(value, dict | list) and depth > _DEEPEST:
         raise CheckpointError(f"{name} is nested too deeply for a model_cfg")
+    if isinstance(value, dict | list) and name in _LARGEST and not (isinstance(value, list) and name in _LISTED):
+        raise CheckpointError(f"{name} in model_cfg must be a number, not {str(value)[:60]!r}")
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_bounds(str(key)[:_LONGEST_TEXT], inner, depth + 1)

@@ -48,6 +48,10 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer  # noqa: E402
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # noqa: E402
 
 VERSION: str = open_clip.__version__
+_TOKENIZER_OPTIONS: dict[str, tuple[object, ...]] = {
+    "clean": ("canonicalize", "lower", "whitespace"),
+    "strip_sep_token": (True, False),
+}
 _BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
@@ -87,13 +91,25 @@ def refusal(config: ModelConfig) -> str | None:
         return "a config needs embed_dim, vision_cfg and text_cfg"
     if "multimodal_cfg" in config:
         return "CoCa (a captioning decoder) is not supported"
+    reason = _text_refusal(text)
+    if reason is not None:
+        return reason
+    timm_name = str(vision.get("timm_model_name") or "")
+    if timm_name.startswith(_REMOTE_PREFIXES) or "/" in timm_name:
+        return f"the vision tower names a remote or local path ({timm_name})"
+    return None
+
+
+def _text_refusal(text: ModelConfig) -> str | None:
     if text.get("hf_model_name"):
         return f"a Hugging Face text tower ({text['hf_model_name']}) is not supported: it needs a download"
     if text.get("embed_cls"):
         return "a text tower with an appended class token is not supported"
-    timm_name = str(vision.get("timm_model_name") or "")
-    if timm_name.startswith(_REMOTE_PREFIXES) or "/" in timm_name:
-        return f"the vision tower names a remote or local path ({timm_name})"
+    if type(text.get("context_length", 77)) is not int:
+        return f"its context_length is no number ({str(text['context_length'])[:60]})"
+    asked = text.get("tokenizer_kwargs") or {}
+    if not isinstance(asked, dict) or any(value not in _TOKENIZER_OPTIONS.get(key, ()) for key, value in asked.items()):
+        return f"tokenizer_kwargs asks for what no published config does ({str(asked)[:60]})"
     return None
 
 
@@ -138,12 +154,13 @@ def build(config: ModelConfig, device: str = "meta") -> nn.Module:
 class Tokenizer:
     """Texts to token ids, padded to the tower's context length.
 
-    Wraps open_clip's own byte-pair tokenizer, or a Hugging Face tokenizer read from a local folder.
+    Wraps open_clip's own byte-pair tokenizer, or a Hugging Face tokenizer read from a local folder. The config must
+    have passed `refusal`: other options than those it lets through open files and sockets.
     """
 
     def __init__(self, config: ModelConfig, folder: Path | None = None) -> None:
         text = config["text_cfg"]
-        self.context_length = int(text.get("context_length", 77))
+        self.context_length = text.get("context_length", 77)
         options = dict(text.get("tokenizer_kwargs") or {})
         if folder is None and text.get("hf_tokenizer_name"):
             raise InputError(
@@ -151,7 +168,8 @@ class Tokenizer:
                 "not downloaded; put its files into a folder and pass `--tokenizer FOLDER`"
             )
         if folder is None:
-            self._encode: Any = SimpleTokenizer(context_length=self.context_length, **options)
+            clean = {"clean": options["clean"]} if "clean" in options else {}  # the rest is for tokenizers of a folder
+            self._encode: Any = SimpleTokenizer(context_length=self.context_length, **clean)
         else:
             self._encode = _local_tokenizer(folder, self.context_length, options)
 

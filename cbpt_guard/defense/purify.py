@@ -32,7 +32,8 @@ from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, measure
 from cbpt_guard.errors import SetupError
-from cbpt_guard.files import staged
+from cbpt_guard.files import partial_path, staged
+from cbpt_guard.metrics import exceeds
 
 
 def purify(
@@ -102,11 +103,16 @@ def purify_job(
     """`purify` for a job that is already put together; same arguments, same errors."""
     check_places(job, out, force)
     prepared = prepare(job, progress)  # before the folder is touched: a mistyped flag must not cost what it holds
-    with staged(out, force=force, ours=OURS, resumable=True, resume=resume) as folder:
-        try:
-            Purification(prepared, folder, progress).run()
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise SetupError(f"writing {out} failed: {error}") from error
+    try:
+        with staged(out, force=force, ours=OURS, resumable=True, resume=resume) as folder:
+            try:
+                Purification(prepared, folder, progress).run()
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise SetupError(f"writing {out} failed: {error}") from error
+    except BaseException as error:
+        if partial_path(out).exists():
+            error.add_note("what was found so far is kept: the same command with `--resume` goes on")
+        raise
     return PurifyRun.open(out)
 
 
@@ -146,7 +152,7 @@ class Purification:
         chosen_on = unseen_set if len(held) else None
         head, epoch = guard(prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress)
         accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels)
-        keeps_accuracy = not len(held) or accuracy >= least_accuracy(self.original, unseen_set, settings)
+        keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)
         self._lap("stage 2: prompts")
 
         attacks = self._attacks(search, findings, observed, head, unseen_set, self.data.images[unseen])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cbpt_guard import __version__
 from cbpt_guard.defense import run as files
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.head import GuardedHead
@@ -63,7 +63,7 @@ def _record(prepared: Prepared, outcome: Outcome, seconds: Mapping[str, float]) 
     job, head = prepared.job, outcome.head
     thresholds = head.test.thresholds.tolist()
     return RunRecord(
-        cbpt_guard=version("cbpt-guard"),
+        cbpt_guard=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=job.seed,
         template=job.template,

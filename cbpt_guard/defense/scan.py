@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from cbpt_guard import __version__
 from cbpt_guard.defense.calibration import Looked, Standing, calibration
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
@@ -92,7 +92,7 @@ def scan(job: Job, progress: Progress = silent) -> ScanReport:
     )
     standing = calibration().standing(score, looked)
     return ScanReport(
-        cbpt_guard=version("cbpt-guard"),
+        cbpt_guard=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=job.seed,
         template=job.template,

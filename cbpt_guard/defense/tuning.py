@@ -12,6 +12,7 @@ from torch import Tensor
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
+from cbpt_guard.metrics import exceeds
 
 PART = 128  # images, each with its triggered copies
 Judge = Callable[[int, float, Tensor], None]
@@ -100,7 +101,7 @@ def choose(epochs: Sequence[Epoch], least_accuracy: float) -> Epoch:
     Among those that keep `least_accuracy`: the lowest found-trigger ASR, then the highest PA, then the earliest.
     If none does: the one with the highest clean accuracy.
     """
-    keeping = [epoch for epoch in epochs if epoch.clean_accuracy >= least_accuracy]
+    keeping = [epoch for epoch in epochs if not exceeds(least_accuracy, epoch.clean_accuracy)]
     if not keeping:
         return max(epochs, key=lambda epoch: epoch.clean_accuracy)
     return min(keeping, key=lambda epoch: (epoch.found_asr, -epoch.poisoned_accuracy, epoch.number))

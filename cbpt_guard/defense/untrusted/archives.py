@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +19,9 @@ from typing import BinaryIO, Final, NamedTuple
 
 ZIP_HEAD: Final = b"PK\x03\x04"
 _HEADER: Final = 30
+_END: Final = 22  # bytes of the end record
+_WIDE: Final = 76  # bytes of a large archive's own end record and of its locator, before that
+_LIMITS: Final = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)  # what the end record states where a number does not fit
 _PICKLE_HEADS: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _MOST_INFLATED: Final = 1 << 26  # bytes of one entry; torch compresses none, so this is for what is refused anyway
 _DEEPEST: Final = 3
@@ -49,6 +53,34 @@ def problem_of(file: BinaryIO) -> str | None:
         if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:  # TorchScript's source text
             return f"entry {ascii(entry.filename)[1:-1][:160]} is compressed, as torch never does; save it again"
     return None
+
+
+def is_ambiguous(file: BinaryIO) -> bool:
+    """Whether readers may disagree on where a zip archive's directory lies, and so on what the archive holds.
+
+    torch goes to the place that the end record states, Python to where a directory of the stated size would end, and
+    each has a way of its own to the wide record of large archives. torch's writer leaves nothing behind the end record
+    and nothing between the directory and its end; whoever does otherwise hides something.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception:  # `problem_of` says so
+        return False
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _WIDE - _END))
+    tail = file.read()
+    end, behind = tail[-_END:], size - _END
+    if not end.startswith(b"PK\5\6") or end[-2:] != bytes(2):
+        return True
+    stated = struct.unpack("<HII", end[10:20])
+    if tail[-_END - 20 : -_END].startswith(b"PK\6\7"):
+        record, (place,) = tail[: _WIDE - 20], struct.unpack("<Q", tail[-_END - 12 : -_END - 4])
+        narrow, stated, behind = stated, struct.unpack("<QQQ", record[32:56]), size - _END - _WIDE
+        agree = all(few in (many, limit) for few, many, limit in zip(narrow, stated, _LIMITS, strict=True))
+        if not record.startswith(b"PK\6\6") or place != behind or not agree:
+            return True
+    count, length, start = stated
+    return (count, start, start + length) != (len(archive.infolist()), archive.start_dir, behind)
 
 
 def storage_sizes(path: Path) -> set[int] | None:

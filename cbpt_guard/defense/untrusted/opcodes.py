@@ -38,12 +38,14 @@ _LENGTHS: Final = {
 class Requests:
     """What the pickles of a file ask for: dotted globals, and opcodes that only code-running pickles need.
 
-    `broken` tells that a stream ended early or is none; `problem` what else is wrong with the file.
+    `broken` tells that a stream ended early or is none, `ambiguous` that readers may find other streams than were
+    listed; `problem` what else is wrong with the file.
     """
 
     globals: set[str] = field(default_factory=set)
     opcodes: set[str] = field(default_factory=set)
     broken: bool = False
+    ambiguous: bool = False
     problem: str | None = None
 
 

@@ -94,6 +94,7 @@ def scan(path: Path) -> Requests:
     with path.open("rb") as file:
         if archives.is_zip(file):
             found.problem = archives.problem_of(file)
+            found.ambiguous = archives.is_ambiguous(file)
             for stream in archives.zip_pickles(file):
                 list_requests(stream, found)
             return found
@@ -127,6 +128,11 @@ def refuse_code(found: Requests, also: frozenset[str] = frozenset()) -> None:
         raise UnsafeError(
             f"refused, nothing was run: its pickle asks for {_shorten(names)}, which plain tensors never do. "
             "If you trust its origin, save `model.state_dict()` there (best as .safetensors) and use that"
+        )
+    if found.ambiguous:
+        raise UnsafeError(
+            "refused, nothing was run: readers would not agree on what its zip archive holds, which hides something; "
+            "torch writes none such. If you trust its origin, save `model.state_dict()` there again"
         )
     for name in sorted(found.globals & set(UNSUPPORTED)):
         raise CheckpointError(f"it holds {UNSUPPORTED[name]} ({name}); save plain dense tensors")
