@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.defense.anchored import anchored_rows
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.settings import AnchorSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
@@ -43,6 +47,28 @@ def slope(rows: Tensor, original: Head, data: FeatureSet, settings: AnchorSettin
 
 def accuracy(rows: Tensor, original: Head, features: Tensor, labels: Tensor) -> float:
     return float((Head(rows, original.scale).logits(features).argmax(1) == labels).float().mean())
+
+
+def test_a_handful_of_observed_images_tells_where_the_true_trigger_puts_all() -> None:
+    """Found triggers put images a little elsewhere; rows fitted there answer many true ones with a few classes."""
+    original, data = made()
+    draws = generator(0, "elsewhere")
+    aside = 0.5 * F.normalize(torch.randn(E, generator=draws), dim=0)
+    true = F.normalize(data.triggered[0] + aside, dim=1)
+    bank = TriggerBank(tuple(FoundTrigger("additive", target, torch.zeros(3, 2, 2), None) for target in (0, 1)))
+    found = data.triggered.repeat(2, 1, 1)
+    moved = moved_to(found, bank, {0: true[::20]})
+    assert torch.equal(moved[1], found[1]), "nothing was observed toward class 1"
+    assert F.cosine_similarity(moved[0].mean(0), true.mean(0), dim=0) > 0.99
+    assert moved.norm(dim=2).allclose(torch.ones(2, len(true)), atol=1e-5)
+    assert moved_to(found, bank, {}) is found
+
+    def reached(triggered: Tensor) -> float:
+        rows = anchored_rows(original, replace(data, triggered=triggered), AnchorSettings())
+        return accuracy(rows, original, true, data.labels)
+
+    assert reached(moved[:1]) > reached(found[:1]) + 0.1
+    assert reached(moved[:1]) > reached(true[None]) - 0.05
 
 
 def test_triggered_images_fall_on_their_class() -> None:

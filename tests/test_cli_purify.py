@@ -32,6 +32,7 @@ from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import TEMPLATE, Settings
+from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.verdict import measure
 from cbpt_guard.errors import InputError
@@ -508,16 +509,22 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
         seen["fitted"] = arguments[4]
         return fit_test(*arguments)
 
+    def guarding(*arguments: Any, **named: Any) -> Any:
+        seen["answered by"] = named["observed"]
+        return guard(*arguments, **named)
+
     def measuring(*arguments: Any, **named: Any) -> Any:
         seen["judged"] = arguments[3]
         return measure(*arguments, **named)
 
     monkeypatch.setattr(purifying, "fit_test", fitting)
+    monkeypatch.setattr(purifying, "guard", guarding)
     monkeypatch.setattr(purifying, "measure", measuring)
     monkeypatch.setattr(search.Search, "fresh_waves", lambda *_: [heard])
     assert purify("--reuse", guarded[0], "--triggered", attacked).exit_code in (0, 1)
     features = encode(digits_suspect.clip, load_triggered(attacked, digits_suspect.clip.preprocess).images)
     assert torch.allclose(seen["fitted"][target], features[::2], atol=1e-5)
+    assert torch.equal(seen["answered by"][target], seen["fitted"][target])
     (observed,) = [one for one in seen["judged"] if one.origin == "observed"]
     assert torch.allclose(observed.features, features[1::2], atol=1e-5)
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}

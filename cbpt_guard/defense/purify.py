@@ -150,7 +150,10 @@ class Purification:
         tuned = tuning_set.labels.unique()  # the classes that have images
         prompts = ClassPrompts(self.clip, list(self.data.classes), job.template, tuned, settings.tuning.chunk)
         chosen_on = unseen_set if len(held) else None
-        head, epoch = guard(prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress)
+        head, epoch = guard(
+            prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress,
+            observed=observed.fitting,
+        )  # fmt: skip
         accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels)
         keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)
         self._lap("stage 2: prompts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
@@ -26,6 +28,8 @@ def guard(
     settings: Settings,
     seed: int,
     progress: Progress,
+    *,
+    observed: Mapping[int, Tensor] | None = None,
 ) -> tuple[GuardedHead, Epoch]:
     """The guarded head, and the epoch of prompt tuning that it holds.
 
@@ -37,6 +41,7 @@ def guard(
         data: what is tuned on.
         unseen: what the epoch is chosen on; None takes the last.
         bank: the triggers of both, in their order.
+        observed: features (M, E) of observed attack images for each target that they answer.
     """
     best = list[Epoch]()  # the others are let go: each holds all prompts
     least = 0.0 if unseen is None else least_accuracy(untuned.original, unseen, settings)
@@ -48,7 +53,8 @@ def guard(
         progress(Step("prompts", number, settings.tuning.epochs, loss, epoch.found_asr))
 
     tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
-    rows = anchored_rows(untuned.original, data, settings.anchor)
+    seen = replace(data, triggered=moved_to(data.triggered, bank, observed or {}))
+    rows = anchored_rows(untuned.original, seen, settings.anchor)
     both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, best[0].rows))
     return both.with_rule(settings.rule.name), best[0]
 
