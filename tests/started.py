@@ -122,3 +122,9 @@ def powerless() -> tuple[str, ...]:
     if shutil.which("setpriv") is None:
         pytest.skip("root writes everywhere, and there is no setpriv to prevent it")
     return ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def without_rights(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command to its end, by somebody whom permissions bind."""
+    command = [*powerless(), str(SCRIPT), *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)

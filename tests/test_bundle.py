@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import assert_refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from started import without_rights
 from tiny import LABELS, tiny_manifest
 
 from cbpt_guard.bundle import load_golden, open_bundle, write_manifest
-from cbpt_guard.errors import BundleError, CbptGuardError, InputError, SetupError
+from cbpt_guard.errors import BundleError, CbptGuardError, InputError
 
 FILES = ["README.md", "golden.npz", "labels.json", "model.onnx"]
 
@@ -211,11 +213,9 @@ def test_the_folder_itself(tiny_bundle: Path, tmp_path: Path) -> None:
             open_bundle(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_no_permission(tiny_bundle: Path) -> None:
+def test_no_permission(tiny_bundle: Path, tmp_path: Path) -> None:
     (tiny_bundle / "model.onnx").chmod(0)
-    with pytest.raises(SetupError, match="Permission denied"):
-        open_bundle(tiny_bundle)
+    assert_refused(without_rights("verify", tiny_bundle, cwd=tmp_path), "model.onnx", "Permission denied")
 
 
 def test_a_swapped_folder_changes_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,9 +329,10 @@ def test_the_child_dies_with_its_parent(reads: bool, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(source), module, path]
     parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    child = ""
+    child, start = "", time.monotonic()
     while not (child and (_confined(child) if reads else (tmp_path / "loads").exists())):
         assert parent.poll() is None
+        assert time.monotonic() - start < 60, "the child never came that far"
         time.sleep(0.05)
         child = children.read_text(encoding="ascii").strip()
     parent.kill()

@@ -18,7 +18,7 @@ import pytest
 from commands import ENVIRONMENT, SCRIPT, assert_refused, blocking, cli, python, script
 from PIL import Image
 from small_runs import CLASSES, write_run
-from started import powerless
+from started import without_rights
 
 from cbpt_guard import GuardedClassifier, __version__
 from cbpt_guard.bundle import open_bundle
@@ -181,8 +181,7 @@ def test_what_no_check_foresaw_about_a_file_is_one_line_of_why(folder: Path, tin
     assert_refused(cli("inspect", "a" * 300), "a" * 300, "File name too long")
     assert_refused(cli("scan", "--model", "m.pt", "--data", "a" * 300), "File name too long")
     (folder / "closed").mkdir(mode=0)
-    command = [*powerless(), str(SCRIPT), "evaluate", str(tiny_bundle), "--data", "closed/deeper"]
-    refused = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    refused = without_rights("evaluate", tiny_bundle, "--data", "closed/deeper", cwd=folder)
     (folder / "closed").chmod(0o700)
     assert_refused(refused, "closed/deeper", "Permission denied")
 

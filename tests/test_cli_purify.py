@@ -20,6 +20,7 @@ import torch
 from commands import QUICK, assert_refused, cli, write_earlier
 from PIL import Image
 from safetensors.torch import load_file
+from started import without_rights
 
 from cbpt_guard.cli import show
 from cbpt_guard.defense import purify as purifying
@@ -604,10 +605,10 @@ def test_a_refused_start_does_not_cost_an_interrupted_run(folder: Path) -> None:
     assert part.read_bytes() == b"hours of work"
 
 
-@pytest.mark.skipif("__import__('os').geteuid() == 0", reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "closed").mkdir(mode=0o500)
-    assert_refused(purify("--out", "closed/purified"), "closed", "permissions")
+    asked = ("purify", "--model", "suspect/suspect.pt", "--data", "clean", "--out", "closed/purified")
+    assert_refused(without_rights(*asked, cwd=folder), "closed cannot be written", "permissions")
 
 
 def test_a_full_disk_costs_nothing_that_was_found(

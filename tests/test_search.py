@@ -22,6 +22,7 @@ from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.reuse import adopt
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet
 from cbpt_guard.errors import InputError
 
 TARGET = 2
@@ -41,6 +42,7 @@ def search(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    torch.set_num_threads(1)  # commands that other tests ran in this process may have left more
     return search(tmp_path_factory.mktemp("search"), PlantedClip(TARGET)).run()
 
 
@@ -97,7 +99,6 @@ def test_a_search_on_two_threads_finds_what_one_finds(tmp_path: Path, found: Fin
         beside = search(tmp_path, PlantedClip(TARGET)).run()
     finally:
         torch.set_num_threads(threads)
-    assert threads == 1, "the fixture's search ran on one"
     assert beside.candidates == found.candidates
     for ours, theirs in zip(beside.bank, found.bank, strict=True):
         assert torch.equal(ours.pattern, theirs.pattern)
@@ -171,6 +172,22 @@ def test_a_class_with_most_of_the_images_does_not_stand_out_for_that(tmp_path: P
     assert float(reached[0]) == 0
     everything = clip.head.reached(features[:20], labels[:20])
     assert everything.tolist() == [0.0] * 6, "and where there is no other image nothing is reached"
+
+
+def test_nor_does_a_search_of_mostly_its_images_suspect_it(tmp_path: Path) -> None:
+    """The clean model's agnostic trigger leaves class 0 most of the answers: those of its own images."""
+    clip = PlantedClip(None)
+    many, few = clip.clean(each=100), clip.clean(each=3)
+    own, others = many.labels == 0, few.labels != 0
+    clean = CleanSet(
+        torch.cat([many.images[own], few.images[others]]),
+        torch.cat([many.features[own], few.features[others]]),
+        torch.cat([many.labels[own], few.labels[others]]),
+    )
+    names = [f"class {c}" for c in range(6)]
+    looking = Search(clip.subject(SETTINGS, clean), names, 0, Journal(tmp_path, {}), steps.append)
+    assert looking.shares(looking._agnostic())[0] > 0.8, "four images of five: enough to stand out, were they others'"
+    assert not any(candidate.stands_out for candidate in looking.look())
 
 
 @dataclass(frozen=True)
