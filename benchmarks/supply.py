@@ -23,8 +23,8 @@ SERVE, PURIFY, FLOOR = "requirements.lock", "requirements-purify.lock", "constra
 WHERE = ("--python-version", "3.11", "--python-platform", "linux", "--no-header", "--no-annotate")
 WHEEL = ("cbpt_guard", "export", "cli", "pyproject.toml", "README.md", "LICENSE")
 TESTS = ("bundle", "classifier", "session", "format", "images", "metrics", "files", "supply", "trust_images")
-TOOLS = ("pytest", "hypothesis", "onnx")
-"""What those tests take beside the runtime; `onnx` writes their graphs."""
+TOOLS = ("pytest", "hypothesis", "onnx", "scipy")
+"""What those tests take beside the runtime; `onnx` writes their graphs, scipy checks an interval."""
 
 
 def main() -> None:

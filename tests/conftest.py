@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = pytest.StashKey[Figures]()
 LONGEST = ("test_models.py", "test_road.py", "test_suite.py", "test_trust_crashes.py")
-"""The files that take minutes: first, so that no worker is left alone with one at the end."""
+"""The files that take minutes: first, so that no worker is left alone with one at the end. pytest-xdist takes those
+with many tests first, unless told `--no-loadscope-reorder`."""
 
 os.environ.pop("COLUMNS", None)  # a worker of pytest-xdist has 80; tables are tested as they are off a terminal
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers side by side would stall each other
