@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from small_clips import PREPROCESS_CFG, RESNET, VIT, hugging_face, model, save, 
 from torch import Tensor
 
 from cbpt_guard.defense import layouts
-from cbpt_guard.defense.untrusted import reader, sandbox
+from cbpt_guard.defense.untrusted import archives, reader, sandbox
 from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
 from cbpt_guard.defense.untrusted.sandbox import Limits
 from cbpt_guard.errors import CbptGuardError, CheckpointError, InputError, SetupError
@@ -397,3 +399,42 @@ def test_shared_clean_folder(shared: Path, tmp_path: Path) -> None:
     (folder / "open_clip_config.json").write_text("{" * 100_000, encoding="utf-8")
     with pytest.raises(CbptGuardError, match="larger than 64 KiB"):
         read_checkpoint(folder)
+
+
+def wide(monkeypatch: pytest.MonkeyPatch) -> bytearray:
+    """A zip archive with the end records of one beyond 4 GiB, as torch writes them for large models."""
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in ("x/data.pkl", "x/version", "x/byteorder"):
+            file.writestr(name, b"3\n")
+    data = bytearray(buffer.getvalue())
+    assert data[-98:-94] == b"PK\6\6"
+    assert data[-42:-38] == b"PK\6\7"
+    return data
+
+
+@pytest.mark.parametrize("place", [None, -66, -58, -50, -34, -12, -10, -6, -1], ids=str)
+def test_end_records_that_contradict_each_other_are_ambiguous(
+    place: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of both: the directory's count, size and place, the wide record's place, the comment's length."""
+    data = wide(monkeypatch)
+    if place is not None:
+        data[place] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    with (tmp_path / "x.pt").open("rb") as file:
+        unreadable = archives.problem_of(file) is not None
+        assert archives.is_ambiguous(file) is (place is not None and not unreadable)
+
+
+def test_end_records_of_limits_are_those_of_large_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = wide(monkeypatch)
+    data[-14:-2] = b"\xff" * 12
+    (tmp_path / "x.pt").write_bytes(data)
+    with (tmp_path / "x.pt").open("rb") as file:
+        assert not archives.is_ambiguous(file)
+    data[-12] = 0
+    (tmp_path / "x.pt").write_bytes(data)
+    with (tmp_path / "x.pt").open("rb") as file:
+        assert archives.is_ambiguous(file)

@@ -344,6 +344,11 @@ def _others_output(folder: Path) -> list[object]:
     return ["--force"]
 
 
+def _reused_as_output(folder: Path) -> list[object]:
+    write_earlier(folder / "purified")
+    return ["--reuse", "purified", "--force"]
+
+
 def _data_as_output(folder: Path) -> list[object]:
     shutil.copytree(folder / "clean", folder / "own")
     write_earlier(folder / "run")
@@ -416,6 +421,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "one attack image": (_clean_attack_images, ("1 observed attack images share no answer",)),
     "existing output": (_output, ("purified exists already", "--force", "--out")),
     "another's folder as output": (_others_output, ("purified holds no run.json", "not replaced", "--out")),
+    "an output that is reused": (_reused_as_output, ("purified holds `--reuse` purified", "--out")),
     "an output around the images": (_data_as_output, ("run holds `--data` run/own", "--out")),
     "no name as output": (_given("--out", ".", "--force"), (". is no name for a new folder",)),
     "a bad attack image": (_bad_attack_image, ("1 image cannot be read", "attack/bad.png", "--skip-bad")),
