@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from planted import SIZE, PlantedClip
 
+from cbpt_guard.defense import job
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
@@ -80,6 +82,28 @@ def test_nothing_stands_out_of_a_clean_model(tmp_path: Path, seed: int) -> None:
     assert clean.suspects == []
     assert len(clean.bank) >= 2, "tuning still has something to stand against"
     assert {trigger.target for trigger in clean.bank} == {clean.candidates[0].index}
+
+
+def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findings) -> None:
+    """Who changes what a search finds raises both numbers, so that calibrated scores and unfinished runs are stale.
+
+    To a hundredth: processors round differently.
+    """
+    assert (SEARCH, job._RECIPE) == (1, 5), "and now what is found with them, below"
+    (planted,) = found.candidates
+    assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
+    scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
+    assert scores == pytest.approx([1.3103, 1.0584, 1.0556], rel=0.01)
+
+
+@pytest.mark.parametrize(("reached", "area"), [(1.0, 0.25), (0.5, 0.5), (0.1, 1.0), (0.0, 1.0)])
+def test_a_mask_that_works_half_the_time_needs_twice_its_area(
+    reached: float, area: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = search(tmp_path, PlantedClip(None))
+    monkeypatch.setattr(looking, "_reached", lambda trigger: torch.full((6,), reached))
+    mask = FoundTrigger("masked", 1, torch.zeros(3, SIZE, SIZE), torch.full((1, SIZE, SIZE), 0.25))
+    assert looking._needed_area(mask) == pytest.approx(area)
 
 
 def test_an_interrupted_search_ends_at_the_same_findings(tmp_path: Path, found: Findings) -> None:
