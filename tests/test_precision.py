@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -108,6 +110,27 @@ def test_verify_refuses_answers_that_agree_too_seldom(bundle: Path, tiny_run: Pa
     assert "answered alike" in _agreeing(variant, agreement, session, parts).outcome
     with pytest.raises(CheckError, match=r"model\.int8\.onnx answers .* as torch does, not 101\.0%"):
         _agreeing(variant, agreement.model_copy(update={"least": 1.01}), session, parts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "agreements", "chosen"),
+    [
+        ((100, 100), (0.98, 0.99), 1),
+        ((76, 100), (0.98, 0.99), 1),
+        ((75, 100), (0.98, 0.99), 1),
+        ((74, 100), (0.98, 0.99), 0),
+        ((100, 74), (0.99, 0.98), 1),
+        ((100, 50), (0.98, 0.99), 1),
+    ],
+)
+def test_of_two_ways_one_smaller_by_more_than_a_quarter_wins_else_the_one_that_agrees_more(
+    sizes: tuple[int, int], agreements: tuple[float, float], chosen: int
+) -> None:
+    found: list[Any] = [
+        SimpleNamespace(data=bytes(size), agreement=SimpleNamespace(clean=clean))
+        for size, clean in zip(sizes, agreements, strict=True)
+    ]
+    assert variants._better(found) is found[chosen]
 
 
 def test_each_precision_has_its_own_self_test(bundle: Path, tmp_path: Path) -> None:
