@@ -108,7 +108,8 @@ class Session:
             parts = [self._session.run(GRAPH_OUTPUTS, {GRAPH_INPUT: pixels[i : i + batch_size]}) for i in starts]
         except Exception as error:  # onnxruntime's errors share no base class
             raise SetupError(f"onnxruntime failed; a smaller batch needs less memory: {error}") from error
-        self._check_answer([output.shape for output in parts[0]], min(len(pixels), batch_size))
+        for start, part in zip(starts, parts, strict=True):
+            self._check_answer([np.shape(output) for output in part], min(batch_size, len(pixels) - start))
         return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def __reduce__(self) -> NoReturn:

@@ -146,6 +146,24 @@ def test_a_graph_whose_answers_have_odd_shapes_is_a_broken_bundle(output: str, s
         Session(model.SerializeToString(), size=SIZE, classes=5).run(np.full((3, SIZE, SIZE, 3), 200, np.uint8))
 
 
+def test_a_later_batch_of_another_length_is_a_broken_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Session(tiny_model(), size=SIZE, classes=5)
+    whole = loaded._session
+
+    class Stuck:
+        """Answers as many images as it was given first."""
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (pixels,) = feeds.values()
+            return list(whole.run(names, {name: np.resize(pixels, (2, *pixels.shape[1:])) for name in feeds}))
+
+    monkeypatch.setattr(loaded, "_session", Stuck())
+    images = np.full((3, SIZE, SIZE, 3), 200, np.uint8)
+    assert len(loaded.run(images[:2], 2).logits) == 2
+    with pytest.raises(BundleError, match="for 1 images of 5 classes"):
+        loaded.run(images, 2)
+
+
 @pytest.mark.parametrize("build", ["onnxruntime", "onnxruntime-gpu"])
 def test_the_build_that_is_installed_is_the_one_that_is_told(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def only(name: str) -> str:

@@ -14,9 +14,8 @@ from cbpt_guard.defense.openclip import ModelConfig, Tokenizer, build
 from cbpt_guard.errors import CheckpointError
 from cbpt_guard.images import Preprocess
 
-_LARGEST_SCALE = (
-    1000.0  # of the bias, too; far above what models learn, and small enough that head.LEFT_OUT stays below any logit
-)
+# of scale and bias: far above what models learn, and small enough that head.LEFT_OUT stays below any logit
+_LARGEST = 1000.0
 
 
 class ImageEncoder(nn.Module):
@@ -130,11 +129,11 @@ class FrozenClip:
         self.encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text = TextTower(model)
         self.logit_scale = float(cast(Tensor, model.logit_scale).exp())
-        if not 0 < self.logit_scale <= _LARGEST_SCALE:
+        if not 0 < self.logit_scale <= _LARGEST:
             raise CheckpointError(f"a logit scale of {self.logit_scale:.3g} is no CLIP's: they learn at most 100 or so")
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias)
-        if not abs(self.logit_bias) <= _LARGEST_SCALE:
+        if not abs(self.logit_bias) <= _LARGEST:
             raise CheckpointError(f"a logit bias of {self.logit_bias:.3g} is no CLIP's: SigLIP learns some -17")
 
     @property
