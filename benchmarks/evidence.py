@@ -22,6 +22,7 @@ from command import read
 from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars, verdicts
+from cbpt_guard.bench.limits import limits
 from cbpt_guard.bench.lines import Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -72,11 +73,13 @@ def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
     adaptive = committed(ADAPTIVE, ADAPTIVE_PLAN)
     named = {line.suspect_sha256 for line in [*lines, *adaptive]}
+    own = [line for line in lines if line.dataset == DEVELOPED_WITH]
     return {
         "summary": summary(lines),
         "progress": progress(lines, Plan.read(PLAN)),
         "bars": bars(lines),
-        "apart": apart([line for line in lines if line.dataset == DEVELOPED_WITH], SEEN),
+        "limits": limits(own),
+        "apart": apart(own, SEEN),
         "verdicts": verdicts([*lines, *adaptive]),
         "adaptive": table(adaptive),
         "table": table(lines),

@@ -156,11 +156,14 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     yield Bar("largest share on triggered images, worst", must, text, spread[worst] <= 1)
 
 
-def _excess(attack: Attack) -> float:
-    """The largest share over what it may be: 3 times that on clean images or 1.5 times the oracle's, the larger."""
+def allowed_share(attack: Attack) -> float:
+    """What the largest share may be, in points: 3 times that on clean images or 1.5 times the oracle's, the larger."""
     clean = [3 * 100 * mean(line.max_share for line in attack.off)] if attack.off else []
-    allowed = max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
-    return round(attack.mean(lambda line: line.max_share) / allowed, 9)
+    return max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
+
+
+def _excess(attack: Attack) -> float:
+    return round(attack.mean(lambda line: line.max_share) / allowed_share(attack), 9)
 
 
 def _points(share: float) -> float:

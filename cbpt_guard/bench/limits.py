@@ -1,0 +1,58 @@
+"""CBPT beside two limits: the oracle, and the model that was never poisoned under the very same triggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from cbpt_guard.bench.bars import Attack, allowed_share, attacks
+from cbpt_guard.bench.lines import CONTROL, Line
+from cbpt_guard.bench.table import UNTOUCHED, joined
+
+_SHOTS = 16
+_HEAD = (
+    "attack",
+    "PA, CBPT",
+    "PA, oracle",
+    "PA, clean model",
+    "largest share, CBPT",
+    "it may be",
+    "largest share, clean model",
+)
+
+
+def limits(lines: Sequence[Line]) -> str:
+    """Markdown, a row for each attack of one data set: the mean over seeds, in %.
+
+    A trigger hides some of the image, so the clean model loses PA under it, too, and may lump what it no longer
+    tells apart into one class. A number that lies beyond both limits is in bold: a PA below nine tenths of the
+    smaller, a share above what it may be and above the clean model's.
+    """
+    undefended = [line for line in lines if line.attack == CONTROL and line.defense == UNTOUCHED]
+    found = [attack for attack in attacks(lines, _SHOTS) if attack.oracle]
+    known = [(a, clean) for a in found if (clean := [line for line in undefended if line.implant == a.name])]
+    if not known:
+        return "No attack has been measured beside the clean model yet."
+    return "\n".join([joined(_HEAD), joined(["---"] * len(_HEAD)), *(joined(_cells(*both)) for both in known)])
+
+
+def _cells(attack: Attack, clean: Sequence[Line]) -> Iterator[str]:
+    pa, most, natural = (
+        attack.mean(lambda line: line.pa),
+        attack.ceiling(lambda line: line.pa),
+        100 * mean(line.pa for line in clean),
+    )
+    share, allowed, lumped = (
+        attack.mean(lambda line: line.max_share),
+        allowed_share(attack),
+        100 * mean(line.max_share for line in clean),
+    )
+    yield attack.name
+    yield _marked(pa, pa < 0.9 * min(most, natural))
+    yield from (f"{number:.1f}" for number in (most, natural))
+    yield _marked(share, share > max(allowed, lumped))
+    yield from (f"{number:.1f}" for number in (allowed, lumped))
+
+
+def _marked(number: float, beyond: bool) -> str:
+    return f"**{number:.1f}**" if beyond else f"{number:.1f}"
