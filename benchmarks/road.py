@@ -166,7 +166,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
         f"toward {first['target']!r}; the clean model is the control. A class stands out from a score of",
         f"{InversionSettings().stands_out:g} (docs/method.md). purify took: {cost},",
-        f"{peak} MB at most ({first['machine']}).",
+        f"{peak} MiB at most ({first['machine']}).",
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
     ]
     return "\n".join(rows)

@@ -8,7 +8,7 @@ import pytest
 from lines import SHARES, line
 
 from cbpt_guard.bench.bars import apart, attacks, bars, verdicts
-from cbpt_guard.bench.lines import Line, Shares
+from cbpt_guard.bench.lines import Line, PairShares, Shares
 
 
 def cbpt(name: str = "badnet", **given: Any) -> Line:
@@ -73,7 +73,7 @@ def test_accuracy_is_held_against_the_template_ensembles_where_that_is_better(
     assert row(bars([cbpt(ca=0.5), *lines]), CA.replace("two for 0", "two for 1")) == (measured, kept)
 
 
-RECALL = "target's recall less the undefended one, mean and worst run (3 of 25 images)"
+RECALL = "planted target's recall less the undefended one, mean and worst run (3 of 25 images)"
 
 
 @pytest.mark.parametrize(("recall", "kept"), [(0.35, "yes"), (0.34, "**no**")])
@@ -170,3 +170,31 @@ def test_attacks_stand_apart_by_what_was_seen_of_them() -> None:
         "| never seen | triangles | 0.0 | 0.0 | 0.0 | 0.0 | - |",
     ]
     assert apart([], seen) == "No attack has been measured yet."
+
+
+def test_the_title_says_how_many_seeds_stand_behind() -> None:
+    lines = [cbpt(seed=seed) for seed in range(3)] + [cbpt("sig")]
+    assert "**digits**, 2 attacks, 1 with 3 seeds and the rest with fewer, 16 shots a class, in %" in bars(lines)
+
+
+def test_the_oracle_is_compared_by_the_seeds_that_both_have() -> None:
+    lines = [cbpt(pa=0.3), cbpt(pa=0.1, seed=1), oracle(pa=0.4, seed=2), oracle(pa=0.31)]
+    assert row(bars(lines), PA) == ("30.0, 31.0, 96.8", "yes")
+    assert "PA" not in bars([lines[1], lines[2]])
+
+
+def test_a_pair_that_lumps_is_not_hidden_by_the_mean_of_the_pairs() -> None:
+    shares = [(0.4, 0.01), (0.1, 0.07)]  # PA and largest share by pair: the means are 25 and 4 %
+    pairs = tuple(
+        PairShares(**(SHARES | {"pa": pa, "max_share": share}), trigger="patch", target=name)
+        for name, (pa, share) in zip(("one", "two"), shares, strict=True)
+    )
+    text = bars([cbpt(pa=0.25, max_share=0.04, pairs=pairs), oracle(pa=0.26, max_share=0.03, pairs=pairs[:1] * 2)])
+    assert row(text, PA)[0] == "25.0, 26.0, 96.2"
+    assert row(text, "attacks whose PA is short of that")[0] == "badnet (two)"
+    share = "largest share on triggered images, worst"
+    assert row(text, share) == ("7.0, 4.7 times what it may be (badnet (two))", "**no**")
+
+
+def test_a_run_of_an_implant_whose_taking_nobody_told_has_a_verdict_and_the_control_none() -> None:
+    assert "of 1 of 1 runs" in verdicts([cbpt(took=None), cbpt(attack="none", took=None)])

@@ -180,14 +180,21 @@ def test_a_cell_that_a_rival_wins_is_marked_and_named() -> None:
     assert "- badnet, 16 shots, probe: PA 41.0 against 40.0" in text
     found = rows(lines)
     assert [wins(found, row) for row in found] == [[], [], ["PA"]]
-    better = rows([*OURS, line(defense="probe", ca=0.6, asr=0.0, pa=0.5, target_recall=0.5)])
+    better = rows([*OURS, line(defense="probe", seed=2, ca=0.6, asr=0.0, pa=0.5, target_recall=0.5)])
     assert wins(better, list(better)[1]) == ["CA", "ASR", "PA", "target's recall"]
+
+
+@pytest.mark.parametrize(("seed", "won"), [(0, []), (2, ["ASR"]), (3, [])])
+def test_a_rival_is_held_against_the_seeds_that_both_have(seed: int, won: list[str]) -> None:
+    """CBPT's ASR is 0, 1 and 2 % by seed: a rival's single 1 % is no tie with their mean."""
+    found = rows([*OURS, line(defense="probe", seed=seed, asr=0.01, pa=0.3)])
+    assert wins(found, list(found)[1]) == won
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        line(defense="probe", ca=0.5, asr=0.0104, pa=0.4),  # no difference that is shown
+        line(defense="probe", seed=1, ca=0.5, asr=0.0096, pa=0.4),  # no difference that is shown
         line(defense="oracle", asr=0.0),
         line(defense="cbpt-prompts", asr=0.0),
         line(defense="none", asr=0.0),
@@ -247,13 +254,20 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
 
 def test_the_cost_is_told_per_defence() -> None:
     text = table([*OURS, line(defense="cbpt", seed=3, seconds=100, cpu_seconds=200, peak_mb=900)])
-    assert "| cbpt | 2 | 2 | 200 | 900 |" in text
+    assert "| cbpt | 16 | 4 | 2 | 2 | 200 | 900 |" in text
+
+
+def test_a_run_with_other_shots_costs_apart() -> None:
+    text = table([*OURS, line(defense="cbpt", shots=50, seconds=100, cpu_seconds=200)])
+    assert "| cbpt | 16 | 3 | 2 | 2 | 2 | 700 |" in text
+    assert "| cbpt | 50 | 1 | 100 | 200 | 200 | 700 |" in text
 
 
 def test_what_the_control_took_counts_once_though_many_lines_tell_it() -> None:
     control = [line(attack="none", implant=name, took=None, cpu_seconds=10.0) for name in "abc"]
     cost = table([line(cpu_seconds=2.0), line(implant="other", cpu_seconds=3.0), *control]).partition("**Cost**")[2]
-    assert "| none | 2 | 3 | 10 | 700 |" in cost
+    assert "| none | 16 | 2 | 2 | 2 | 3 | 700 |" in cost
+    assert "| none, clean model | 16 | 1 | 2 | 10 | 10 | 700 |" in cost
 
 
 def test_development_and_test_images_are_never_averaged() -> None:

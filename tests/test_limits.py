@@ -15,6 +15,7 @@ def measured(pa: float, share: float, clean_share: float = 0.03) -> list[Line]:
         line(defense="cbpt", pa=pa - 0.01, max_share=share),
         line(defense="cbpt", pa=pa + 0.01, max_share=share, seed=1),
         line(defense="oracle", pa=0.4, max_share=0.02),
+        line(defense="oracle", pa=0.4, max_share=0.02, seed=1),
         line(attack="none", took=None, pa=0.3, max_share=clean_share),
         line(attack="none", took=None, implant="sig", pa=0.9, max_share=0.9),
         line(attack="none", took=None, defense="probe", pa=0.9, max_share=0.9),

@@ -253,6 +253,26 @@ def test_shots_that_leave_nothing_to_count_are_refused(plan: Plan, places: Place
         counted(plan, places, plan.groups()[0].model_copy(update={"shots": 20}))
 
 
+def counting_on(plan: Plan, folder: str) -> Plan:
+    datasets = {name: one.model_copy(update={"test": folder}) for name, one in plan.datasets.items()}
+    return plan.model_copy(update={"datasets": datasets})
+
+
+def test_shots_are_not_counted_where_they_lie_among_the_test_images(plan: Plan, places: Places) -> None:
+    own = counting_on(plan, "data")
+    (line, _) = counted(own, places, own.groups()[0], split="test")
+    assert line.images == 10 * (20 - SHOTS)
+
+
+def test_test_images_of_other_classes_are_refused(plan: Plan, places: Places, root: Path, tmp_path: Path) -> None:
+    for folder in sorted((root / "test").iterdir())[1:]:
+        (tmp_path / "fewer" / folder.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "fewer" / folder.name).symlink_to(folder)
+    own, elsewhere = counting_on(plan, "fewer"), Places((tmp_path, *places.roots), places.work)
+    with pytest.raises(InputError, match="other classes than the clean ones"):
+        counted(own, elsewhere, own.groups()[0], split="test")
+
+
 def test_features_that_a_full_disk_tore_are_made_again(
     digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

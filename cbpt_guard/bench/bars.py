@@ -6,13 +6,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
 
-from cbpt_guard.bench.lines import CONTROL, OFF, Line
+from cbpt_guard.bench.lines import CONTROL, OFF, Line, Shares
 from cbpt_guard.bench.table import CEILING, ENSEMBLE, OURS, UNTOUCHED, joined
 
 SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
 """A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
-_SHOTS, _FEW = 16, 4
-_MOST_LOST = 12  # points of the target's recall in a run: 3 of its 25 images
+SHOTS = 16
+"""Of the bars, but for the one of few shots."""
+_FEW, _SEEDS = 4, 3
+_MOST_LOST = 12  # points of the target's recall in a run: 3 of 25 images
 
 
 class Bar(NamedTuple):
@@ -48,6 +50,28 @@ class Attack(NamedTuple):
         """Over the oracle's seeds, in points."""
         return _points(mean(map(value, self.oracle)))
 
+    def paired(self) -> Attack | None:
+        """With those seeds alone that CBPT and the oracle share; None where there are none."""
+        seeds = {line.seed for line in self.ours} & {line.seed for line in self.oracle}
+        ours, oracle = ([line for line in part if line.seed in seeds] for part in (self.ours, self.oracle))
+        return self._replace(ours=ours, oracle=oracle) if seeds else None
+
+    def pairs(self) -> list[Attack]:
+        """One for each of several (trigger, target) pairs, with the pair's own shares: a mean would hide the worst."""
+        targets = [pair.target for pair in self.ours[0].pairs]
+        return [
+            Attack(f"{self.name} ({target})", *(of_pair(part, number) for part in self[1:]))
+            for number, target in enumerate(targets)
+        ] or [self]
+
+
+def of_pair(lines: Sequence[Line], number: int) -> list[Line]:
+    """The lines with the shares of one of their pairs in the place of the mean's."""
+    return [
+        line.model_copy(update={name: getattr(line.pairs[number], name) for name in Shares.model_fields})
+        for line in lines
+    ]
+
 
 def bars(lines: Sequence[Line]) -> str:
     """Markdown, a table for each data set; every attack that took counts, each by the mean over its seeds."""
@@ -58,14 +82,19 @@ def bars(lines: Sequence[Line]) -> str:
         if found:
             head = ("what", "must", "measured", "kept")
             rows = [joined((bar.what, bar.must, bar.measured, "yes" if bar.kept else "**no**")) for bar in found]
-            count = len(attacks(here, _SHOTS))
-            title = f"**{dataset}**, {count} attack{'s' if count != 1 else ''}, in %"
+            title = f"**{dataset}**, {_counted(attacks(here, SHOTS))}, {SHOTS} shots a class, in %"
             parts.append("\n".join([title, "", joined(head), joined(["---"] * len(head)), *rows]))
     return "\n\n".join(parts) if parts else "No attack has been measured yet."
 
 
+def _counted(found: Sequence[Attack]) -> str:
+    """How many attacks, and on how many of them the bars' three seeds are measured."""
+    whole = sum(len({line.seed for line in attack.ours}) >= _SEEDS for attack in found)
+    return f"{len(found)} attack{'s' if len(found) != 1 else ''}, {whole} with {_SEEDS} seeds and the rest with fewer"
+
+
 def attacks(lines: Sequence[Line], shots: int) -> list[Attack]:
-    """The attacks that took and that CBPT was run against, in the order of the lines."""
+    """The attacks that CBPT was run against, in the order of the lines, but for those that did not take."""
     counted = [line for line in lines if line.attack not in (OFF, CONTROL) and line.took is not False]
 
     def by(defense: str, name: str, shots: int) -> list[Line]:
@@ -76,13 +105,13 @@ def attacks(lines: Sequence[Line], shots: int) -> list[Attack]:
 
     names = dict.fromkeys(line.implant for line in counted if line.defense == OURS and line.shots == shots)
     return [
-        Attack(name, by(OURS, name, shots), by(CEILING, name, _SHOTS), by(ENSEMBLE, name, _SHOTS), off(name))
+        Attack(name, by(OURS, name, shots), by(CEILING, name, SHOTS), by(ENSEMBLE, name, SHOTS), off(name))
         for name in names
     ]
 
 
 def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
-    found = attacks(lines, _SHOTS)
+    found = attacks(lines, SHOTS)
     if not found:
         return
     asr = [attack.mean(lambda line: line.asr_worst) for attack in found]
@@ -96,9 +125,9 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
     worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
-    what = "target's recall less the undefended one, mean and worst run (3 of 25 images)"
+    what = "planted target's recall less the undefended one, mean and worst run (3 of 25 images)"
     yield _bar(what, f"-5 and -{_MOST_LOST}", (mean(recall), worst), kept)
-    yield from _against_the_oracle([attack for attack in found if attack.oracle])
+    yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
         cost = _points(mean(line.ca - line.undefended.ca for line in control))
@@ -114,7 +143,7 @@ def apart(lines: Sequence[Line], seen: Mapping[str, Collection[str]]) -> str:
     `seen` names attacks by kind; the others are those that it never saw. Every number is a mean over attacks but the
     worst ASR; PA is the share of the oracle's on the same attacks.
     """
-    found = attacks(lines, _SHOTS)
+    found = attacks(lines, SHOTS)
     head = ("attacks", "which", "ASR, mean", "ASR, worst", "CA less the undefended", "target's recall less it",
             "PA, % of the oracle's")  # fmt: skip
     parts = {kind: [attack for attack in found if attack.name in names] for kind, names in seen.items()}
@@ -128,7 +157,7 @@ def _part(part: Sequence[Attack]) -> Iterator[str]:
     asr = [attack.mean(lambda line: line.asr_worst) for attack in part]
     ca = mean(attack.mean(lambda line: line.ca) - attack.undefended_ca() for attack in part)
     recall = mean(a.mean(lambda line: line.target_recall - line.undefended.target_recall) for a in part)
-    known = [attack for attack in part if attack.oracle]
+    known = [paired for attack in part if (paired := attack.paired())]
     most = sum(attack.ceiling(lambda line: line.pa) for attack in known)
     reached = 100 * sum(attack.mean(lambda line: line.pa) for attack in known) / most if most else None
     yield ", ".join(attack.name for attack in part)
@@ -145,19 +174,19 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     reached = 100 * pa / most if most else 100.0
     yield _bar("PA, mean; the oracle's; the share of it", "90 % of it or within 1", (pa, most, reached),
                reached >= 90 or pa >= most - 1)  # fmt: skip
-    short = [a.name for a in found if not _near(a)]
+    pairs = [pair for attack in found for pair in attack.pairs()]
+    short = [pair.name for pair in pairs if not _near(pair)]
     text = ", ".join(short) or "none"
     yield Bar("attacks whose PA is short of that", "none", text, not short)
-    spread = {a.name: _excess(a) for a in found}
-    worst = max(spread, key=spread.__getitem__)
-    share = next(a for a in found if a.name == worst).mean(lambda line: line.max_share)
-    must = "3 times that on clean images or 1.5 times the oracle's"
-    text = f"{share:.1f}, {spread[worst]:.1f} times what it may be ({worst})"
-    yield Bar("largest share on triggered images, worst", must, text, spread[worst] <= 1)
+    worst = max(pairs, key=_excess)
+    must = "3 times the suspect's on clean images or 1.5 times the oracle's"
+    share, excess = worst.mean(lambda line: line.max_share), _excess(worst)
+    text = f"{share:.1f}, {excess:.1f} times what it may be ({worst.name})"
+    yield Bar("largest share on triggered images, worst", must, text, excess <= 1)
 
 
 def allowed_share(attack: Attack) -> float:
-    """What the largest share may be, in points: 3 times that on clean images or 1.5 times the oracle's, the larger."""
+    """What the largest share may be, in points: 3 times the suspect's on clean images or 1.5 times the oracle's."""
     clean = [3 * 100 * mean(line.max_share for line in attack.off)] if attack.off else []
     return max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
 
@@ -186,7 +215,9 @@ def _one_digit(number: float) -> str:
 
 def verdicts(lines: Sequence[Line]) -> str:
     """Markdown: how often CBPT's verdict was said of runs that succeeded and of runs that did not."""
-    runs = [line for line in lines if line.defense == OURS and line.took and line.attack != OFF]
+    runs = [
+        line for line in lines if line.defense == OURS and line.took is not False and line.attack not in (OFF, CONTROL)
+    ]
     if not runs:
         return "No run has been measured yet."
     good = {verdict: sum(_succeeded(run) for run in runs if run.verdict == verdict) for verdict in _said(runs)}

@@ -99,10 +99,7 @@ def measure(job: Job) -> list[Line]:
     sha256 = opened.record.source_sha256
     task = _task(job, shots, opened)
     cost, defended = _defend(task, group.defense)
-    if job.split == "clean":
-        images = ImageSet(everything, shots, task.clip.preprocess)
-    else:
-        images = ImageSet(list_images(job.places.find(dataset.test)), None, task.clip.preprocess)
+    images = ImageSet(_counted(job, everything), shots, task.clip.preprocess)
     if not len(images.labels):
         raise InputError(f"no image is left to count: {group.shots} shots a class are all that {dataset.clean} has")
     store = FeatureStore(job.places.work / "features", sha256)
@@ -119,6 +116,21 @@ def measure(job: Job) -> list[Line]:
         without = counting.mean(counting.shares(before, shown, images))
         lines.append(_line(job, key, pairs, without, len(images.labels), defended, cost, sha256))
     return lines
+
+
+def _counted(job: Job, clean: Listing) -> Listing:
+    """The images of the job's split, whose labels must be those of the shots.
+
+    Raises:
+        InputError: the test images are of other classes.
+    """
+    if job.split == "clean":
+        return clean
+    test = list_images(job.places.find(job.plan.datasets[job.group.dataset].test))
+    if test.classes != clean.classes:
+        odd = sorted(set(test.classes) ^ set(clean.classes))
+        raise InputError(f"the test images of {job.group.dataset} are of other classes than the clean ones: {odd[:3]}")
+    return test
 
 
 def cells_folder(work: Path, suspect: str, sha256: str) -> Path:

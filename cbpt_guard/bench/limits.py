@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-from cbpt_guard.bench.bars import Attack, allowed_share, attacks
+from cbpt_guard.bench.bars import SHOTS, Attack, allowed_share, attacks, of_pair
 from cbpt_guard.bench.lines import CONTROL, Line
 from cbpt_guard.bench.table import UNTOUCHED, joined
 
-_SHOTS = 16
 _HEAD = (
     "attack",
     "PA, CBPT",
@@ -22,18 +21,22 @@ _HEAD = (
 
 
 def limits(lines: Sequence[Line]) -> str:
-    """Markdown, a row for each attack of one data set: the mean over seeds, in %.
+    """Markdown, a row for each attack of one data set, of several pairs for each: the mean over seeds, in %.
 
     A trigger hides some of the image, so the clean model loses PA under it, too, and may lump what it no longer
     tells apart into one class. A number that lies beyond both limits is in bold: a PA below nine tenths of the
     smaller, a share above what it may be and above the clean model's.
     """
     undefended = [line for line in lines if line.attack == CONTROL and line.defense == UNTOUCHED]
-    found = [attack for attack in attacks(lines, _SHOTS) if attack.oracle]
-    known = [(a, clean) for a in found if (clean := [line for line in undefended if line.implant == a.name])]
-    if not known:
+    rows = []
+    for attack in filter(None, (attack.paired() for attack in attacks(lines, SHOTS))):
+        clean = [line for line in undefended if line.implant == attack.name]
+        parts = attack.pairs()
+        natural = [of_pair(clean, number) for number in range(len(parts))] if len(parts) > 1 else [clean]
+        rows += [joined(_cells(*both)) for both in zip(parts, natural, strict=True) if clean]
+    if not rows:
         return "No attack has been measured beside the clean model yet."
-    return "\n".join([joined(_HEAD), joined(["---"] * len(_HEAD)), *(joined(_cells(*both)) for both in known)])
+    return "\n".join([joined(_HEAD), joined(["---"] * len(_HEAD)), *rows])
 
 
 def _cells(attack: Attack, clean: Sequence[Line]) -> Iterator[str]:

@@ -81,12 +81,18 @@ def percents(lines: Sequence[Line], column: str) -> float:
     return round(100 * mean(shares), _DIGITS)
 
 
+def beside(found: Rows, row: Row) -> tuple[list[Line], list[Line]]:
+    """A row's lines and CBPT's under the same attack, those seeds alone that both have."""
+    theirs, ours = found[row], found.get(row._replace(defense=OURS), [])
+    seeds = {line.seed for line in theirs} & {line.seed for line in ours}
+    return [line for line in theirs if line.seed in seeds], [line for line in ours if line.seed in seeds]
+
+
 def wins(found: Rows, row: Row) -> list[str]:
-    """Columns in which a rival's row is better than CBPT's under the same attack."""
-    ours = found.get(row._replace(defense=OURS))
-    if ours is None or row.defense in NO_RIVALS or row.attack == CONTROL:
+    """Columns in which a rival's row is better than CBPT's under the same attack, by the seeds that both have."""
+    theirs, ours = beside(found, row)
+    if not ours or row.defense in NO_RIVALS or row.attack == CONTROL:
         return []
-    theirs = found[row]
     return [name for name, sign in BETTER.items() if sign * (percents(theirs, name) - percents(ours, name)) > 0]
 
 
@@ -116,7 +122,8 @@ def _heading(lines: Sequence[Line]) -> str:
     splits = " and ".join(f"`{name}`" for name in dict.fromkeys(line.split for line in lines))
     return (
         f"In %, on {splits} images ({', '.join(_counted(lines))}); the mean over seeds, and behind ± their standard "
-        "deviation. A number in **bold** is better than CBPT's in the same column; *it warned* where `purify` found "
+        "deviation. A rival's number in **bold** is better than CBPT's in the same column, by the seeds that both "
+        "have; *it warned* where `purify` found "
         "the undefended accuracy so near chance that names or preprocessing may not fit."
     )
 
@@ -171,7 +178,7 @@ def _lost(found: Rows) -> str:
 
 
 def _losses(found: Rows, row: Row) -> str:
-    theirs, ours = found[row], found[row._replace(defense=OURS)]
+    theirs, ours = beside(found, row)
     numbers = [f"{n} {percents(theirs, n):.1f} against {percents(ours, n):.1f}" for n in wins(found, row)]
     return f"- {row.implant}, {counted_shots(row.shots)}, {row.defense}: {', '.join(numbers)}"
 
@@ -213,20 +220,29 @@ def _plantings(lines: Sequence[Line]) -> str:
 
 
 def _cost(found: Rows) -> str:
-    """What each defence took, over all its attacks; one that many lines tell of, as of the control's, counts once."""
-    by_defense: dict[str, dict[tuple[object, ...], Line]] = {}
+    """What each defence took with so many shots; a run that many lines tell of, as of the control's, counts once."""
+    runs: dict[tuple[str, int, bool], dict[tuple[object, ...], Line]] = {}
     for row, group in found.items():
-        suspect = row.implant if row.attack != CONTROL else row.dataset
-        own = by_defense.setdefault(row.defense, {})
-        own.update({(row.attack, suspect, line.split, line.shots, line.seed): line for line in group})
-    head = ("defence", "seconds, median", "processor seconds, median", "most", "peak memory, MiB")
+        clean = row.attack == CONTROL
+        suspect = row.dataset if clean else row.implant
+        own = runs.setdefault((row.defense, row.shots, clean), {})
+        own.update({(row.attack, suspect, line.split, line.seed): line for line in group})
+    head = (
+        "defence",
+        "shots",
+        "runs",
+        "seconds, median",
+        "processor seconds, median",
+        "processor seconds, most",
+        "peak memory, MiB",
+    )
     text = [joined(head), joined(["---"] * len(head))]
-    for name, of in by_defense.items():
+    for (name, shots, clean), of in runs.items():
         group = list(of.values())
         clock, processor = (median(getattr(line, field) for line in group) for field in ("seconds", "cpu_seconds"))
-        most = max(line.cpu_seconds for line in group)
-        peak = max(line.peak_mb for line in group)
-        text.append(joined((name, f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak))))
+        most, peak = (max(getattr(line, field) for line in group) for field in ("cpu_seconds", "peak_mb"))
+        told = (f"{name}, clean model" if clean else name, str(shots), str(len(group)))
+        text.append(joined((*told, f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak))))
     machines = "; ".join(dict.fromkeys(line.machine for line in lines_of(found)))
     clock = "The clock runs on while a run is paused or shares its core with another; processor seconds do not."
     return "\n".join(["**Cost**", "", *text, "", f"{clock} Machine: {machines}."])
