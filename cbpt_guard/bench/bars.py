@@ -125,8 +125,8 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
     worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
-    what = "planted target's recall less the undefended one, mean and worst run (3 of 25 images)"
-    yield _bar(what, f"-5 and -{_MOST_LOST}", (mean(recall), worst), kept)
+    what = "planted target's recall less the undefended one, mean and worst run"
+    yield _bar(what, f"-5 and -{_MOST_LOST} (3 of 25 images)", (mean(recall), worst), kept)
     yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
