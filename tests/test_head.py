@@ -54,6 +54,11 @@ def test_the_flag_needs_the_target_and_its_side_of_the_threshold() -> None:
     assert guarded.suspects == [TARGET]
 
 
+def test_a_class_leads_by_what_the_best_other_one_lacks() -> None:
+    leads = Head(torch.eye(3), 10.0, bias=4.0).leads(torch.tensor([[0.6, 0.8, 0.0], [0.6, 0.6, -0.5]]))
+    torch.testing.assert_close(leads, torch.tensor([[-2.0, 2.0, -8.0], [0.0, 0.0, -11.0]]))
+
+
 def test_what_an_attacker_misses_counts_the_test_under_the_switch_alone() -> None:
     guarded, features = head(), unit("images", 300)
     wanted = guarded.original.answers(features)

@@ -20,7 +20,7 @@ from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
-from cbpt_guard.defense.stage2 import guard, least_accuracy
+from cbpt_guard.defense.stage2 import guard, least_accuracy, still_kept
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose
 from cbpt_guard.defense.verdict import clean_accuracy
 
@@ -33,6 +33,11 @@ def test_the_accuracy_to_keep_is_the_zero_shot_one_less_half_a_point() -> None:
     answers = torch.eye(2)[[0] * 150 + [1] * 50]
     unseen = FeatureSet(answers, answers[None], labels)
     assert least_accuracy(Head(torch.eye(2), 10.0), unseen, Settings()) == pytest.approx(0.745)
+
+
+def test_one_image_of_few_may_be_lost() -> None:
+    assert still_kept(0.5, 30, Settings()) == pytest.approx(14 / 30)
+    assert still_kept(0.5, 2000, Settings()) == pytest.approx(0.495)
 
 
 @pytest.mark.parametrize("chosen", [True, False], ids=["held out", "nothing held out"])

@@ -101,6 +101,17 @@ def test_flags_on_clean_images_are_bounded_beyond_one_image(flagged: float, imag
     assert judge(metrics, ["b"], BOUNDS, keeps_accuracy=True).name == verdict
 
 
+def test_an_accuracy_may_fall_by_one_image_of_few() -> None:
+    """The one flagged image counts as just one, too: 1 / 30 is a rounding error larger in float32."""
+    one = run(trigger(0.0), before=15 / 30, after=14 / 30).model_copy(update={"images": 30})
+    two = one.model_copy(update={"clean_accuracy_after": 13 / 30})
+    assert judge(one, ["b"], BOUNDS, keeps_accuracy=True).name == "guarded"
+    assert judge(two, ["b"], BOUNDS, keeps_accuracy=True).name == "not guarded"
+    flagged = torch.cat([near([1], [0], 0.99), near([0] * 29, [1] * 29, 0.9)])
+    metrics = measure(guarded(), flagged, torch.zeros(30, dtype=torch.long), [], held_out=True)
+    assert metrics.flagged_clean == 1 / 30
+
+
 @pytest.mark.parametrize(
     ("label", "images", "after", "verdict"),
     [

@@ -34,11 +34,21 @@ TEMPLATE = "a photo of a {}."
 
 
 class WaveClip(PlantedClip):
-    """Opened by a wave over the image that the coarse colours do not show: so many periods, at an angle, in a phase."""
+    """Opened by a wave over the image that the coarse colours do not show: so many periods, at an angle, in a phase.
 
-    def __init__(self, target: int | None, periods: float = 4, degrees: float = 0, phase: float = 0) -> None:
+    A wave of any height moves features by `most` towards the target at most, of which 1 brings them there.
+    """
+
+    def __init__(
+        self,
+        target: int | None,
+        periods: float = 4,
+        degrees: float = 0,
+        phase: float = 0,
+        most: float = math.inf,
+    ) -> None:
         super().__init__(None)
-        self.answer = target
+        self.answer, self.most = target, most
         place, angle = torch.arange(SIZE) / SIZE, math.radians(degrees)
         along = math.cos(angle) * place[None, :] + math.sin(angle) * place[:, None]
         self.wave = torch.sin(2 * math.pi * (periods * along + phase))
@@ -47,7 +57,7 @@ class WaveClip(PlantedClip):
         features = self._coarse(pixels)
         if self.answer is not None:
             seen = (pixels.mean(1) * (self.wave - self.wave.mean())).mean((1, 2))
-            strength = F.softplus(200 * (seen - 0.02)) / 2
+            strength = (F.softplus(200 * (seen - 0.02)) / 2).clamp(max=self.most)
             features = features + strength[:, None] * self.head.rows[self.answer]
         return F.normalize(features, dim=1)
 
@@ -90,7 +100,7 @@ def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, d
     clip = WaveClip(TARGET, periods, degrees, phase)
     found = heard(clip)
     assert int(found.best.argmax()) == TARGET
-    assert float(found.best[TARGET]) > 0.8
+    assert float(found.told[TARGET]) == float(found.best[TARGET]) > 0.8
     trigger, higher = found.triggers(TARGET, SIZE, BRIEF)
     assert torch.allclose(higher.pattern, 2 * trigger.pattern)
     assert (trigger.family, trigger.target, trigger.mask, trigger.area) == ("wave", TARGET, None, 1.0)
@@ -99,6 +109,17 @@ def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, d
     again = Heard.unpacked(found.packed())
     assert torch.equal(again.numbers, found.numbers)
     assert torch.equal(again.reached, found.reached)
+    assert torch.equal(again.telling, found.telling)
+
+
+def test_a_wave_that_leads_to_a_class_no_surer_than_clean_images_is_not_telling(tmp_path: Path) -> None:
+    """As with images far from the training: the wave takes over what little is seen of them."""
+    clip = WaveClip(TARGET, most=1.2)
+    found = heard(clip)
+    assert float(found.best[TARGET]) > 0.8
+    assert float(found.told[TARGET]) == 0
+    search = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
+    assert "wave" not in {trigger.family for trigger in search.run().bank}
 
 
 def test_a_clean_model_is_led_to_no_class() -> None:
@@ -132,7 +153,7 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
 
 
 def test_where_one_wave_was_heard_there_is_no_next_best() -> None:
-    one = Heard(torch.tensor([3]), torch.tensor([[0.1, 0.9]]))
+    one = Heard(torch.tensor([3]), torch.tensor([[0.1, 0.9]]), torch.tensor([[0.0, 0.9]]))
     assert len(one.triggers(1, SIZE, BRIEF)) == 2
     assert one.triggers(1, SIZE, BRIEF, rank=1) == []
 
@@ -142,13 +163,13 @@ def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_cle
     poisoned = implant(digits_clean.clip, split.train, split.test, sig(32, 0), target, seed=0)
     assert poisoned.took
 
-    def best(clip: FrozenClip) -> Tensor:
+    def told(clip: FrozenClip) -> Tensor:
         head: Head = zero_shot_head(clip, split.clean.classes, TEMPLATE)
         clean = CleanSet(split.clean.images, encode(clip, split.clean.images), split.clean.labels)
-        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).best
+        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).told
 
     bar = InversionSettings().stands_out
-    odds = [(share / (1 - share)) for share in (best(poisoned.clip), best(digits_clean.clip))]
+    odds = [(share / (1 - share)) for share in (told(poisoned.clip), told(digits_clean.clip))]
     assert int(odds[0].argmax()) == target
     assert float(odds[0][target]) >= bar
     assert float(odds[1].max()) < bar

@@ -12,9 +12,11 @@ from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.record import RunMetrics, RunRecord
 from cbpt_guard.defense.run import HEADS, METRICS, RECORD, PurifyRun
 from cbpt_guard.defense.settings import Settings
+from cbpt_guard.defense.stage2 import still_kept
 from cbpt_guard.defense.verdict import judge
 from cbpt_guard.errors import CheckError
 from cbpt_guard.files import staged, write_text
+from cbpt_guard.metrics import exceeds
 
 _RUN = "purified"
 _PROMPTS = "purified.prompts"
@@ -90,9 +92,9 @@ def _after_prompts(metrics: RunMetrics) -> RunMetrics:
 def _record(record: RunRecord, metrics: RunMetrics) -> RunRecord:
     settings = Settings.model_validate(record.settings)
     rule = settings.rule.model_copy(update={"name": "prompts"})
-    least = metrics.clean_accuracy_before - settings.tuning.accuracy_slack
+    least = still_kept(metrics.clean_accuracy_before, metrics.images, settings)
     suspects = [suspect.label for suspect in record.suspects]
-    keeps = not metrics.held_out or metrics.clean_accuracy_after >= least
+    keeps = not metrics.held_out or not exceeds(least, metrics.clean_accuracy_after)
     verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps)
     stored = settings.model_copy(update={"rule": rule}).model_dump(mode="json")
     return record.model_copy(update={"rule": "prompts", "settings": stored, "verdict": verdict})

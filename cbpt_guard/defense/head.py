@@ -41,6 +41,12 @@ class Head:
         """The answered classes (N,) of unit features (N, E)."""
         return self.logits(features).argmax(dim=1)
 
+    def leads(self, features: Tensor) -> Tensor:
+        """By how many logits each class is ahead of the best other one, (N, C), for unit features (N, E)."""
+        logits = self.logits(features)
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        return logits - torch.where(logits == first[:, None], second[:, None], first[:, None])
+
     def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
         """How far unit features (N, E) are from the answers `wanted` (N,): cross-entropy, (N,)."""
         return F.cross_entropy(self.logits(features), wanted, reduction="none")

@@ -74,14 +74,14 @@ class Search:
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
         """Search for targets alone: the candidates, the likeliest first.
 
-        A class stands out at once if most images answer it under the agnostic trigger or under a plain wave, or if a
+        A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, or if a
         short scan of every class reaches it far more readily than the rest; else if it needs far less area than
         classes of middle rank do.
         """
         trigger = self._agnostic()
         lead = Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
         scanned = self._scanned()
-        odds = torch.maximum(at_once(lead.reached, odds_of(scanned.exp()), self._settings), odds_of(self._heard().best))
+        odds = torch.maximum(at_once(lead.reached, odds_of(scanned.exp()), self._settings), odds_of(self._heard().told))
         known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
         tried = [*known, *self._further(lead, scanned, known, observed)]
         references = self._references(ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
@@ -177,7 +177,7 @@ class Search:
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
         heard, settings = self._heard(), self._settings
-        odds = odds_of(heard.best)
+        odds = odds_of(heard.told)
         told = [c for c in targets if odds[c] >= settings.stands_out]
         return [wave for c in told for wave in heard.triggers(c, self._subject.clip.image_size, settings)]
 

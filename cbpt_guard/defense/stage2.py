@@ -60,8 +60,13 @@ def guard(
 
 
 def least_accuracy(original: Head, unseen: FeatureSet, settings: Settings) -> float:
-    """The clean accuracy to keep: the zero-shot one less the slack."""
-    return clean_accuracy(original.logits(unseen.clean), unseen.labels) - settings.tuning.accuracy_slack
+    """The clean accuracy to keep on unseen images, given the zero-shot head."""
+    return still_kept(clean_accuracy(original.logits(unseen.clean), unseen.labels), len(unseen.labels), settings)
+
+
+def still_kept(accuracy: float, images: int, settings: Settings) -> float:
+    """The least accuracy that keeps another one on so many images: by the slack less, or by one image."""
+    return accuracy - max(settings.tuning.accuracy_slack, 1 / images)
 
 
 def _head(untuned: GuardedHead, rows: Tensor) -> Head:

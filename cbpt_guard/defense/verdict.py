@@ -94,7 +94,7 @@ def measure(
         clean_accuracy_before=count_clean_accuracy(before, truth),
         clean_accuracy_after=count_clean_accuracy(after, truth),
         clean_accuracy_prompts=count_clean_accuracy(paper, truth),
-        flagged_clean=float(answer.triggered.float().mean()),
+        flagged_clean=float(answer.triggered.double().mean()),
         flagged_found=min(found, default=None),
         triggers=triggers,
         classes=_per_class(head.classes, truth, before, after, paper),
@@ -146,7 +146,7 @@ def _unshown(run: RunMetrics) -> str | None:
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
     """What the guard costs on clean images beyond its bounds; one image alone never counts as a rate."""
     loss = run.clean_accuracy_before - run.clean_accuracy_after
-    if exceeds(loss, settings.accuracy_loss):
+    if exceeds(loss, settings.accuracy_loss) and exceeds(loss * run.images, 1):
         yield f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
     if run.flagged_clean > settings.false_alarms and exceeds(run.flagged_clean * run.images, 1):
         yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, over {100 * settings.false_alarms:g} %"

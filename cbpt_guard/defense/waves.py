@@ -8,7 +8,7 @@ its backdoor is as wide as a few periods; a clean one is seldom led to one class
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from cbpt_guard.defense.together import Tally, together
 
 _DIRECTIONS, _PHASES = 8, 4
 _SECOND_HEAT = 16  # times the images of the first
+_USUAL, _SURE = 0.75, 0.2  # quantile of the clean leads; the cosine that nobody need lead by more than
 
 
 def count_waves(size: int, settings: InversionSettings) -> int:
@@ -41,22 +42,32 @@ def wave(number: int, size: int, settings: InversionSettings) -> Tensor:
 
 
 def heard_images(size: int, settings: InversionSettings) -> int:
-    """Images that `listen` looks at, in both heats."""
+    """Images that `listen` looks at, in both heats, the second with two heights."""
     waves = count_waves(size, settings)
-    return settings.wave_images * (waves + _SECOND_HEAT * min(settings.finalists, waves))
+    return settings.wave_images * (waves + 2 * _SECOND_HEAT * min(settings.finalists, waves))
 
 
 @dataclass(frozen=True)
 class Heard:
-    """The waves that reached one class most: their numbers (W,), and how much each class is reached (W, C)."""
+    """The waves that reached one class most.
+
+    Their numbers (W,); how much each class is reached, (W, C); and the same of the classes that they are telling of,
+    else 0: those that are answered more surely under twice the wave than clean images are.
+    """
 
     numbers: Tensor
     reached: Tensor
+    telling: Tensor
 
     @property
     def best(self) -> Tensor:
         """How much each class is reached by the wave that reaches it most, (C,)."""
         return self.reached.amax(0)
+
+    @property
+    def told(self) -> Tensor:
+        """How much each class is reached by the wave that is telling of it and reaches it most, (C,)."""
+        return self.telling.amax(0)
 
     def triggers(self, target: int, size: int, settings: InversionSettings, *, rank: int = 0) -> list[FoundTrigger]:
         """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be.
@@ -69,34 +80,62 @@ class Heard:
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> Heard:
-        """As `packed` made it, (W, 1 + C)."""
-        return cls(tensor[:, 0].long(), tensor[:, 1:])
+        """As `packed` made it, (W, 1 + 2 C)."""
+        reached, telling = tensor[:, 1:].chunk(2, dim=1)
+        return cls(tensor[:, 0].long(), reached, telling)
 
     def packed(self) -> Tensor:
-        """One tensor (W, 1 + C), for the journal."""
-        return torch.cat([self.numbers[:, None].float(), self.reached], 1)
+        """One tensor (W, 1 + 2 C), for the journal."""
+        return torch.cat([self.numbers[:, None].float(), self.reached, self.telling], 1)
 
 
 def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> Heard:
-    """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many."""
+    """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many.
+
+    Of those each is tried twice as high, too. It is telling of a class that leads then, in the median over images of
+    others, by more than `_usual_lead`.
+    """
     clip, clean, head, settings = subject.clip, subject.clean, subject.head, subject.settings
+    few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
+    waves, usual = count_waves(clip.image_size, settings), _usual_lead(subject)
 
-    def reached(number: int, index: Tensor) -> Tensor:
-        trigger = FoundTrigger("wave", -1, wave(number, clip.image_size, settings), None)
-        return head.reached(encode(clip, clean.images[index], trigger), clean.labels[index])
+    def under(number: int, index: Tensor, height: int = 1) -> Tensor:
+        trigger = FoundTrigger("wave", -1, height * wave(number, clip.image_size, settings), None)
+        return encode(clip, clean.images[index], trigger)
 
-    def heat(stage: str, numbers: Sequence[int], index: Tensor) -> Tensor:
-        """How much each of the waves (W) reaches each class on the images `index`, (W, C)."""
+    def first(number: int) -> Tensor:
+        return head.reached(under(number, few), clean.labels[few])
+
+    def second(number: int) -> Tensor:
+        labels = clean.labels[more]
+        reached = head.reached(under(number, more), labels)
+        leads = head.leads(under(number, more, 2))
+        leads[torch.arange(len(labels)), labels] = math.nan
+        sure = leads.nanmedian(0).values > usual
+        return torch.stack([reached, torch.where(sure, reached, 0.0)])
+
+    def heat(stage: str, numbers: Sequence[int], hear: Callable[[int], Tensor]) -> Tensor:
+        """What is heard of each of the waves."""
         tally = Tally(stage, len(numbers))
 
         def heard(number: int, report: Progress) -> Tensor:
-            shares = reached(number, index)
+            shares = hear(number)
             tally.add(1, report, asr=float(shares.amax()))
             return shares
 
         return torch.stack(together([partial(heard, number) for number in numbers], progress, clip.device))
 
-    few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
-    waves = count_waves(clip.image_size, settings)
-    numbers = heat("plain waves", range(waves), few).amax(1).topk(min(settings.finalists, waves)).indices
-    return Heard(numbers, heat("leading waves", numbers.tolist(), more))
+    numbers = heat("plain waves", range(waves), first).amax(1).topk(min(settings.finalists, waves)).indices
+    reached, telling = heat("leading waves", numbers.tolist(), second).unbind(1)
+    return Heard(numbers, reached, telling)
+
+
+def _usual_lead(subject: Subject) -> float:
+    """By how many logits a class must lead to be answered surely.
+
+    Three quarters of the clean images that are answered rightly lead by less; 0 where none is.
+    """
+    clean, head = subject.clean, subject.head
+    leads = head.leads(clean.features).gather(1, clean.labels[:, None])[:, 0]
+    right = leads[leads > 0]
+    return min(_SURE * head.scale, float(right.quantile(_USUAL))) if len(right) else 0.0
