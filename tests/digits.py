@@ -64,17 +64,23 @@ def make_suspect(clean: DigitsModel, folder: Path) -> DigitsSuspect:
 
 def make_task(suspect: DigitsSuspect, listing: Listing, folder: Path) -> Task:
     """What the bench's suite would hand to a defence, with `listing` as the shots."""
+    planted = PlantedTrigger(suspect.trigger, listing.classes[suspect.target])
+    return task_of(suspect.clip, suspect.checkpoint, planted, listing, folder)
+
+
+def task_of(clip: FrozenClip, checkpoint: Path, planted: PlantedTrigger, listing: Listing, folder: Path) -> Task:
+    """The same of a suspect in parts."""
     with (folder / "shots.csv").open("w", newline="") as file:
         pairs = zip(listing.classes, listing.files, strict=True)
         csv.writer(file).writerows([("path", "label"), *((path, name) for name, files in pairs for path in files)])
     return Task(
-        clip=suspect.clip,
-        original=zero_shot_head(suspect.clip, listing.classes, TEMPLATE),
-        shots=load_images(listing, suspect.clip.preprocess),
-        checkpoint=suspect.checkpoint,
+        clip=clip,
+        original=zero_shot_head(clip, listing.classes, TEMPLATE),
+        shots=load_images(listing, clip.preprocess),
+        checkpoint=checkpoint,
         listing=folder / "shots.csv",
         template=TEMPLATE,
         seed=0,
         folder=folder,
-        planted=(PlantedTrigger(suspect.trigger, listing.classes[suspect.target]),),
+        planted=(planted,),
     )
