@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from command import append, read
 from pages import filled
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
@@ -168,16 +169,13 @@ def measure(work: Path, shared: Path | None, images: Path | None, parts: Sequenc
         if model.family == family and model.part in parts and (family, model.name) not in done:
             folder = work / family.replace(" ", "-") / model.name
             found = line(model, source(model, folder), folder)
-            with LINES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
+            append(LINES, found)
             print(model.family, model.name, found.get("took", ""), found["score"], *found["likeliest"], flush=True)
 
 
 def lines() -> list[Line]:
     """What was measured so far, in the order of `models`."""
-    if not LINES.exists():
-        return []
-    found = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    found = read(LINES)
     now = SearchSettings().model_dump(mode="json")
     for one in found:
         if (one["search"], one["settings"]) != (SEARCH, now):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import onnxruntime
 import torch
-from command import append, machine, parsers
+from command import append, machine, parsers, read
 from pages import rewrite
 from PIL import Image
 from timing import own_seconds
@@ -100,14 +100,14 @@ def measure(family: Family, size: str, pictures: Photographs, work: Path) -> Lin
     config = family.config if size == "full" else family.small
     preprocess = preprocess_of(family, config)
     made = write_model(folder / "model", family, config, load_images(list_images(pictures.purified, None), preprocess))
-    run, purified = timed(
+    run, purified = on_processor(
         lambda: purify(
             made.checkpoint, pictures.purified, out=folder / "purified", settings=few_steps(), flags=made.flags
         )
     )
     further = load_images(list_images(pictures.compared, None), preprocess)
     np.savez(run.path / SAMPLES, images=further.images.numpy(), labels=further.labels.numpy())
-    bundle, exported = timed(lambda: export(run, folder / "bundle", allow_unguarded=True))
+    bundle, exported = on_processor(lambda: export(run, folder / "bundle", allow_unguarded=True))
     guard = GuardedClassifier.load(bundle)
     variant = guard.manifest.variants["fp32"]
     if variant.parity is None:
@@ -152,7 +152,7 @@ def answer_ms(guard: GuardedClassifier, images: list[np.ndarray]) -> float:
     return 1000 * float(np.median(seconds)) / len(images)
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+def on_processor(work: Callable[[], Any]) -> tuple[Any, float]:
     """What it returns, and its seconds of processor time: neighbours on the machine change little there."""
     started = own_seconds()
     return work(), own_seconds() - started
@@ -160,7 +160,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def write_page() -> None:
     """Rewrite the page's two tables: what was measured last, and what is refused."""
-    lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    lines = read(LINES)
     last = {(line["architecture"], line["size"]): line for line in lines}
     rewrite(PAGE, {"measured": measured(last), "refused": refused()})
 

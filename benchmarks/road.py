@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import append, machine, parsers, ran, timed
+from command import append, machine, parsers, ran, read, timed
 from pages import rewrite
 from timing import Watch
 
@@ -136,7 +136,7 @@ def counted(pictures: Path, split: str) -> Listing:
 
 def write_table() -> None:
     """Rewrite both tables from the last `test` line of each model, or say that there is none."""
-    lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    lines = read(LINES)
     last = {line["model"]: line for line in lines if line["split"] == "test"}
     if not last:
         raise SystemExit(f"{LINES.name} holds no line of the test split")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from command import append, machine, parsers
+from command import append, machine, parsers, read
 from pages import rewrite
 from rows import MOBILE, ROWS, TIMELESS, VIT, Line, Work, made
 from timing import Watch
@@ -85,7 +85,7 @@ def circumstances() -> Line:
 
 def write_table() -> None:
     """Rewrite the page's table."""
-    lines = [json.loads(text) for text in LINES.read_text(encoding="utf-8").splitlines()]
+    lines = read(LINES)
     rewrite(PAGE, {"measured": table(last(lines))})
 
 
