@@ -12,7 +12,6 @@ other half tests it, in docs/scan.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
