@@ -15,9 +15,12 @@ def prepare_torch(threads: int | None) -> None:
     glibc returns every large tensor to the system and pays for fresh pages at the next; a trigger inversion
     allocates the same tensors thousands of times. With one arena inversions side by side take from one store; with an
     arena for each thread every one keeps what its own largest step took. Elsewhere than glibc this does nothing.
+
+    cuDNN takes algorithms that give the same numbers each time: a signed step makes a rounding error a whole one.
     """
     import torch
 
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     if threads is not None:
         torch.set_num_threads(threads)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

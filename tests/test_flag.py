@@ -136,6 +136,30 @@ def test_the_deviation_of_two_images_is_not_believed(own: int) -> None:
     assert max(alarms) <= 0.3
 
 
+@pytest.mark.parametrize("each", [3, 5])
+def test_few_images_of_every_class_do_not_give_the_target_up(each: int) -> None:
+    """In many dimensions a fitted direction turns away from what few images scatter, and flags the next ones."""
+    classes, width = 60, 96
+    rows = F.normalize(torch.randn(classes, width, generator=generator(0, "rows")), dim=1)
+    away = F.normalize(torch.randn(width, generator=generator(0, "away")), dim=0)
+
+    def drawn(labels: Tensor, shift: float, seed: int, purpose: str) -> Tensor:
+        noise = 0.08 * torch.randn(len(labels), width, generator=generator(seed, purpose))
+        return F.normalize(rows[labels] + shift * away + noise, dim=1)
+
+    unseen = drawn(torch.full((200,), TARGET), 0.0, 99, "unseen")
+    flagged, let_through = [], []
+    for seed in range(8):
+        labels = torch.arange(classes).repeat_interleave(each)
+        clean = drawn(labels, 0.0, seed, "clean")
+        found = drawn(torch.full((150,), TARGET), 0.7, seed, "found")
+        fit = fit_direction(clean, labels, TARGET, rows[TARGET], found, 2.0)
+        flagged.append(fires(fit, unseen))
+        let_through.append(1 - fires(fit, found))
+    assert sum(flagged) / len(flagged) <= 0.15
+    assert sum(let_through) / len(let_through) <= 0.01
+
+
 def test_images_alone_in_their_class_say_nothing_of_scatter() -> None:
     (clean, labels), found = images(12), attacked(40)
     alone = F.normalize(torch.randn(50, E, generator=generator(0, "alone")), dim=1)

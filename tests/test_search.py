@@ -89,7 +89,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (1, 5), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (2, 6), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
@@ -258,6 +258,22 @@ def test_reuse_needs_triggers_toward_what_was_observed(tmp_path: Path, found: Fi
         adopt(EarlierRun(found), again, [TARGET, 4])
 
 
+def test_observed_images_make_a_target_of_a_class_that_did_not_stand_out(tmp_path: Path, found: Findings) -> None:
+    """An unverified run has triggers toward the likeliest candidate; attack images then say that it is the target."""
+    cleared = tuple(item.model_copy(update={"stands_out": False}) for item in found.candidates)
+    adopted = adopt(EarlierRun(replace(found, candidates=cleared)), search(tmp_path, PlantedClip(TARGET)), [TARGET])
+    assert adopted.suspects == [TARGET]
+
+
+def test_a_weak_trigger_of_a_suspect_makes_no_suspect_of_another_class(tmp_path: Path, found: Findings) -> None:
+    """Where one of its triggers hardly works, most images answer what they show."""
+    clip = PlantedClip(TARGET)
+    weak = FoundTrigger("additive", TARGET, torch.zeros(3, SIZE, SIZE), None)
+    adopted = adopt(EarlierRun(replace(found, bank=TriggerBank((*found.bank, weak)))), search(tmp_path, clip), [])
+    assert adopted.suspects == [TARGET]
+    assert {trigger.target for trigger in adopted.bank} == {TARGET}
+
+
 def answering(*counts: int) -> tuple[torch.Tensor, Head]:
     rows = F.normalize(torch.eye(len(counts)) + 0.1, dim=1)
     return rows.repeat_interleave(torch.tensor(counts), 0), Head(rows, 10.0)
@@ -266,7 +282,7 @@ def answering(*counts: int) -> tuple[torch.Tensor, Head]:
 def test_observed_images_name_their_targets_and_are_halved() -> None:
     features, head = answering(2, 0, 20, 5)
     features = features + torch.arange(27)[:, None] * 1e-6
-    observed = observe(features, head)
+    observed = observe(features, head, answering(1, 1, 1, 1)[0][[0, 1]])
     assert observed.targets == [2, 3], "two of 27 are failed attacks"
     for target, count in ((2, 20), (3, 5)):
         fitting, judging = observed.fitting[target], observed.judging[target]
@@ -277,17 +293,25 @@ def test_observed_images_name_their_targets_and_are_halved() -> None:
 
 
 def test_nothing_observed_is_nothing() -> None:
-    assert observe(None, answering(1, 1)[1]).targets == []
+    assert observe(None, *answering(1, 1)[::-1]).targets == []
 
 
 @pytest.mark.parametrize("counts", [(1, 0, 0), (1, 1, 1)], ids=["one image", "three answers"])
 def test_observed_images_that_share_no_answer_are_refused(counts: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="share no answer"):
-        observe(*answering(*counts))
+        observe(*answering(*counts), answering(1, 1, 1)[0])
 
 
 def test_two_that_agree_are_enough() -> None:
-    assert observe(*answering(0, 2)).targets == [1]
+    assert observe(*answering(0, 2), answering(1, 1)[0]).targets == [1]
+
+
+def test_attack_images_that_failed_make_no_target_of_what_they_show() -> None:
+    """Of two classes each is the natural answer to half of the images; of those of the target all may be attacked."""
+    features, head = answering(3, 17)
+    clean, _ = answering(10, 10)
+    assert observe(features, head, clean).targets == [1]
+    assert observe(features, head, clean[10:]).targets == [1, 0], "there is no natural answer of the first"
 
 
 def test_the_candidate_of_a_finding_is_a_record(found: Findings) -> None:

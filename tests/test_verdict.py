@@ -128,6 +128,19 @@ def test_a_guard_must_not_give_the_suspected_class_up(label: str, images: int, a
     assert judge(metrics, ["b"], BOUNDS, keeps_accuracy=True).name == verdict
 
 
+def test_a_suspected_class_without_a_held_out_image_leaves_the_run_unverified() -> None:
+    rows = tuple(
+        ClassMetrics(label=label, images=images, before=1.0 if images else None, after=1.0 if images else None,
+                     after_prompts=1.0 if images else None)
+        for label, images in (("a", 3), ("b", 0))
+    )  # fmt: skip
+    metrics = run(trigger(0.0)).model_copy(update={"classes": rows})
+    verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=True)
+    assert verdict.name == "unverified"
+    assert "no image of the suspected 'b' was held out" in verdict.reasons[0]
+    assert judge(metrics, ["a"], BOUNDS, keeps_accuracy=True).name == "guarded"
+
+
 def test_where_nothing_stands_out_nothing_is_claimed() -> None:
     verdict = judge(run(trigger(0.0)), [], BOUNDS, keeps_accuracy=True)
     assert verdict.name == "unverified"
@@ -221,3 +234,10 @@ def test_where_three_times_chance_is_out_of_reach_halfway_to_perfect_counts(
 def test_an_accuracy_not_clearly_above_chance_stops(right: int) -> None:
     with pytest.raises(InputError, match=r"chance is 25\.0 %\. Class names, tokenizer or preprocessing"):
         check_accuracy(*accurate(right, 400))
+
+
+def test_of_very_few_images_all_right_is_above_chance() -> None:
+    """Two classes of two images: two standard errors above chance is 100 %."""
+    check_accuracy(*accurate(4, 4, classes=2))
+    with pytest.raises(InputError, match="chance is 50"):
+        check_accuracy(*accurate(3, 4, classes=2))

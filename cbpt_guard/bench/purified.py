@@ -93,7 +93,7 @@ def _record(record: RunRecord, metrics: RunMetrics) -> RunRecord:
     settings = Settings.model_validate(record.settings)
     rule = settings.rule.model_copy(update={"name": "prompts"})
     least = still_kept(metrics.clean_accuracy_before, metrics.images, settings)
-    suspects = [suspect.label for suspect in record.suspects]
+    suspects = [candidate.label for candidate in record.candidates if candidate.stands_out]
     keeps = not metrics.held_out or not exceeds(least, metrics.clean_accuracy_after)
     verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps)
     stored = settings.model_copy(update={"rule": rule}).model_dump(mode="json")

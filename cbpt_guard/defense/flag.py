@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.defense.found import TriggerBank
@@ -13,7 +14,7 @@ from cbpt_guard.defense.head import Head, TriggerTest
 from cbpt_guard.defense.settings import RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
-_FEWEST_OWN = 4  # images of the target, below which their own standard deviation says too little
+_FEWEST_OWN = 8  # images of the target, below which their own standard deviation says too little (docs/notebook.md)
 _FEWEST = 2  # images answering the target under its found triggers, below which there is no direction to fit
 
 
@@ -38,35 +39,67 @@ def fit_direction(
     after Ledoit and Wolf, so that a dozen images of the target are enough. The threshold lies `deviations`
     standard deviations above the target's clean images, but never past the point that is equally improbable
     from both sides. Clean scores are left-one-out: an image does not pull the mean that it is measured by.
-    A target with fewer than four images takes its deviation from the scatter of all.
+    Of a target with fewer than four images the scatter is left out, too, for the direction turns away from the little
+    that there is, and would score unseen images higher; its deviation is that of other classes.
 
     Args:
         clean: unit features (N, E) of clean images; labels (N,).
         stand_in: where the target's images may lie (E,), for a target with fewer than two.
         found: unit features (K, E) of images of other classes under found triggers.
     """
-    from sklearn.covariance import ledoit_wolf  # here: a command that refuses its input need not wait a second for it
-
     clean, found, stand_in = clean.double(), found.double(), stand_in.double()
+    own, few = clean[labels == target], int((labels == target).sum()) < _FEWEST_OWN
     means = {int(c): clean[labels == c].mean(0) for c in labels.unique()}
     scatter = clean - torch.stack([means[int(c)] for c in labels])
-    scatter = scatter[labels.bincount()[labels] > 1]  # an image alone in its class says nothing of scatter
-    within = torch.cat([scatter, found - found.mean(0)])
-    covariance = torch.from_numpy(ledoit_wolf(within.numpy(), assume_centered=True)[0])
-    own = clean[labels == target]
+    telling = labels.bincount()[labels] > 1  # an image alone in its class says nothing of scatter
+    if few:
+        telling &= labels != target
+    scatter, others, spread = scatter[telling], labels[telling], found - found.mean(0)
+    covariance = _covariance(scatter, spread)
     centre = own.mean(0) if len(own) > 1 else stand_in
-    direction = torch.linalg.solve(covariance, found.mean(0) - centre)
-    direction = direction / direction.norm()
+    direction = _toward(found.mean(0) - centre, covariance)
     if len(own) > 1:
         own_scores = _left_out_scores(own, found.mean(0), covariance)
     else:
         own_scores = (own if len(own) else centre[None]) @ direction
     found_scores = found @ direction
     low, high, high_sd = own_scores.mean(), found_scores.mean(), found_scores.std()
-    low_sd = own_scores.std() if len(own) >= _FEWEST_OWN else (direction @ covariance @ direction).sqrt()
+    if not few:
+        low_sd = own_scores.std()
+    elif len(others.unique()) > 1:
+        low_sd = _unfitted_deviation(scatter, others, spread, found.mean(0) - centre)
+    else:
+        low_sd = (direction @ covariance @ direction).sqrt()
     separation = float((high - low) / (low_sd + high_sd))
     threshold = float(low + min(deviations, separation) * low_sd)
     return Direction(direction.float(), threshold, separation)
+
+
+def _covariance(scatter: Tensor, spread: Tensor) -> Tensor:
+    """Of images around the mean of their class (M, E) or trigger (K, E), shrunk after Ledoit and Wolf, (E, E)."""
+    from sklearn.covariance import ledoit_wolf  # here: a command that refuses its input need not wait a second for it
+
+    return torch.from_numpy(ledoit_wolf(torch.cat([scatter, spread]).numpy(), assume_centered=True)[0])
+
+
+def _toward(shift: Tensor, covariance: Tensor) -> Tensor:
+    direction: Tensor = torch.linalg.solve(covariance, shift)
+    return F.normalize(direction, dim=0)
+
+
+def _unfitted_deviation(scatter: Tensor, labels: Tensor, spread: Tensor, shift: Tensor) -> Tensor:
+    """Standard deviation of a class's images along a direction toward `shift` that was not fitted to them.
+
+    Along the fitted one they scatter too little, less than half with three images a class. So each half of the classes
+    is measured along the other's direction.
+    """
+    _, rank, counts = labels.unique(return_inverse=True, return_counts=True)
+    free = (counts / (counts - 1))[rank]  # the mean that they are measured from is their own
+    variances = []
+    for half in (rank % 2 == 0, rank % 2 == 1):
+        along = scatter[~half] @ _toward(shift, _covariance(scatter[half], spread))
+        variances.append((along.square() * free[~half]).mean())
+    return torch.stack(variances).mean().sqrt()
 
 
 def _left_out_scores(own: Tensor, found_mean: Tensor, covariance: Tensor) -> Tensor:

@@ -48,17 +48,26 @@ def moved_to(found: Tensor, bank: TriggerBank, observed: Mapping[int, Tensor]) -
     )
 
 
-def observe(features: Tensor | None, original: Head) -> Observed:
-    """Sort observed attack images by their zero-shot answers; answers of fewer than a tenth are no target.
+def observe(features: Tensor | None, original: Head, clean: Tensor) -> Observed:
+    """Sort observed attack images (N, E) by their zero-shot answers.
+
+    The answer that most of them share is a target, and so is any that a tenth of them share beyond its natural share,
+    that among the answers to `clean` features (M, E): with few classes a failed attack is often answered rightly.
 
     Raises:
         InputError: fewer than two images, or no answer that a tenth of them share.
     """
     if features is None:
         return Observed()
-    answers = original.logits(features).argmax(1)
-    counts = answers.bincount()
-    targets = [int(c) for c in counts.argsort(descending=True) if counts[c] >= max(2, _CLEAR_SHARE * len(features))]
+    answers = original.answers(features)
+    counts = answers.bincount(minlength=len(original.rows))
+    natural = original.answers(clean).bincount(minlength=len(original.rows)) / len(clean)
+    leader = int(counts.argmax())
+    targets = [
+        int(c)
+        for c in counts.argsort(descending=True, stable=True)
+        if counts[c] >= max(2, (_CLEAR_SHARE + (0 if c == leader else natural[c])) * len(features))
+    ]
     if not targets:
         raise InputError(
             f"the {len(features)} observed attack images share no answer; they need two or more that succeeded"

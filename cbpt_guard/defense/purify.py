@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,8 @@ def purify(
         template: the prompt, with one {} for the class name.
         shots: at most so many images a class, drawn by the seed; None takes all.
         settings: the recipe's numbers.
-        seed: of every draw; the same seed gives the same tensors on the same machine.
+        seed: of every draw; the same seed gives the same tensors on the same machine (on a GPU where torch's own
+            algorithms are made deterministic, as the command line does with cuDNN's).
         device: where torch computes.
         triggered: a folder of observed attack images, if a team has some.
         reuse: a run of the same suspect whose found triggers are taken instead of inverting again.
@@ -134,7 +136,7 @@ class Purification:
         warnings = check_accuracy(self.original, features, self.data)
         kept, held = split(self.data.labels, settings.tuning.held_out, job.seed)
         unseen = held if len(held) else kept
-        observed = self._observe()
+        observed = self._observe(features)
         self._lap("features")
 
         search = searching(self.prepared, features, kept, self.journal, self.progress)
@@ -168,9 +170,9 @@ class Purification:
         write_result(self.prepared, outcome, self.seconds, self.folder)
         self.journal.remove()  # last: a full disk must not cost what was found
 
-    def _observe(self) -> Observed:
+    def _observe(self, clean: Tensor) -> Observed:
         attack = self.prepared.observed
-        return observe(None if attack is None else encode(self.clip, attack.images), self.original)
+        return observe(None if attack is None else encode(self.clip, attack.images), self.original, clean)
 
     def _find(self, search: Search, observed: Observed) -> Findings:
         reused = self.prepared.reused
@@ -183,8 +185,10 @@ class Purification:
 
     def _under(self, number: int, trigger: FoundTrigger, progress: Progress) -> Tensor:
         stage = f"features under trigger {number + 1}"
+        # by the pattern: a trigger that is just worth keeping may fail to be on another number of cores
+        pattern = hashlib.sha256(trigger.pattern.numpy().data).hexdigest()[:8]
         return self.journal.tensor(
-            f"triggered-{number}",
+            f"triggered-{number}-{pattern}",
             lambda: encode(self.clip, self.data.images, trigger, stage=stage, progress=progress),
         )
 

@@ -137,11 +137,15 @@ class Search:
         known = [one for one in bank if one.family == "wave"]
         if not known:
             return []
+        return [wave for c in sorted({w.target for w in known}) for wave in self._next_waves(c, known)]
+
+    def _next_waves(self, target: int, known: Sequence[FoundTrigger]) -> list[FoundTrigger]:
         heard, size = self._heard(), self._subject.clip.image_size
-        fresh = [
-            wave for c in sorted({w.target for w in known}) for wave in heard.triggers(c, size, self._settings, rank=1)
-        ]
-        return [wave for wave in fresh if not any(torch.equal(wave.pattern, one.pattern) for one in known)]
+        for rank in range(len(heard.numbers)):
+            waves = heard.triggers(target, size, self._settings, rank=rank)
+            if not any(torch.equal(wave.pattern, one.pattern) for wave in waves for one in known):
+                return waves
+        return []
 
     def _making(
         self,

@@ -54,7 +54,8 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
     chance = 1 / len(data.classes)
     error = standard_error(chance, len(data.labels))
     found = f"the undefended model gets {100 * accuracy:.1f} % of clean images right; chance is {100 * chance:.1f} %"
-    if accuracy <= chance + _CHANCE_ERRORS * error:
+    # of very few images two errors may be more than there is: all of them right is above chance
+    if accuracy <= min(chance + _CHANCE_ERRORS * error, 1 - 1 / len(data.labels)):
         raise InputError(
             f"{found}. Class names, tokenizer or preprocessing do not fit this model; check `--classes`, "
             "`--template`, `--preprocess`, `--quickgelu` and `--tokenizer`"
@@ -115,7 +116,7 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
         return Verdict(name="unverified", reasons=(nothing, *lost))
     if failed:
         return Verdict(name="not guarded", reasons=tuple(failed))
-    unshown = _unshown(run)
+    unshown = _unshown(run, suspects)
     if unshown is not None:
         return Verdict(name="unverified", reasons=(unshown,))
     worst = max((trigger.asr_after for trigger in run.triggers), default=0.0)
@@ -129,10 +130,16 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
     return Verdict(name="guarded", reasons=(kept,))
 
 
-def _unshown(run: RunMetrics) -> str | None:
-    """Why nothing that failed is no success: nothing unseen was measured, or no trigger that works was fresh."""
+def _unshown(run: RunMetrics, suspects: Sequence[str]) -> str | None:
+    """Why nothing that failed is no success.
+
+    Nothing unseen was measured, or nothing of a suspected class, or no trigger that works was fresh.
+    """
     if not run.held_out:
         return "no image was held out (that takes 4 images in each of two classes), so nothing unseen was measured"
+    for row in run.classes:
+        if row.label in suspects and not row.images:
+            return f"no image of the suspected {row.label!r} was held out (that takes 4), so what it lost is not known"
     best: dict[str, float] = {}
     for one in run.triggers:
         if one.origin == "fresh":
