@@ -172,7 +172,8 @@ def test_the_committed_plan_has_the_shape_that_the_evidence_needs() -> None:
         *("ftrojan", "label-consistent", "filter", "stripe-patch", "full-stripes", "triangles", "watermark"),
     }
     control = [group for group in plan.groups() if group.control]
-    assert {name for group in control for name in group.implants} == set(first)
+    assert {name for group in control for name in group.implants} == set(plan.implants)
+    control = [group for group in control if group.dataset == "tiny-imagenet"]
     met = {group.defense for group in plan.groups() if group.suspect in first}
     assert {group.defense for group in control} == met - {"oracle"}, "what a defence costs where nothing is to defend"
 
