@@ -136,10 +136,9 @@ def test_the_deviation_of_two_images_is_not_believed(own: int) -> None:
     assert max(alarms) <= 0.3
 
 
-@pytest.mark.parametrize("each", [3, 5])
-def test_few_images_of_every_class_do_not_give_the_target_up(each: int) -> None:
+def test_few_images_of_every_class_do_not_give_the_target_up() -> None:
     """In many dimensions a fitted direction turns away from what few images scatter, and flags the next ones."""
-    classes, width = 60, 96
+    classes, width, each = 60, 160, 3
     rows = F.normalize(torch.randn(classes, width, generator=generator(0, "rows")), dim=1)
     away = F.normalize(torch.randn(width, generator=generator(0, "away")), dim=0)
 
@@ -156,7 +155,7 @@ def test_few_images_of_every_class_do_not_give_the_target_up(each: int) -> None:
         fit = fit_direction(clean, labels, TARGET, rows[TARGET], found, 2.0)
         flagged.append(fires(fit, unseen))
         let_through.append(1 - fires(fit, found))
-    assert sum(flagged) / len(flagged) <= 0.15
+    assert sum(flagged) / len(flagged) <= 0.045
     assert sum(let_through) / len(let_through) <= 0.01
 
 

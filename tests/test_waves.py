@@ -46,9 +46,10 @@ class WaveClip(PlantedClip):
         degrees: float = 0,
         phase: float = 0,
         most: float = math.inf,
+        gain: float = 0.5,
     ) -> None:
         super().__init__(None)
-        self.answer, self.most = target, most
+        self.answer, self.most, self.gain = target, most, gain
         place, angle = torch.arange(SIZE) / SIZE, math.radians(degrees)
         along = math.cos(angle) * place[None, :] + math.sin(angle) * place[:, None]
         self.wave = torch.sin(2 * math.pi * (periods * along + phase))
@@ -57,7 +58,7 @@ class WaveClip(PlantedClip):
         features = self._coarse(pixels)
         if self.answer is not None:
             seen = (pixels.mean(1) * (self.wave - self.wave.mean())).mean((1, 2))
-            strength = (F.softplus(200 * (seen - 0.02)) / 2).clamp(max=self.most)
+            strength = (F.softplus(200 * (seen - 0.02)) * self.gain).clamp(max=self.most)
             features = features + strength[:, None] * self.head.rows[self.answer]
         return F.normalize(features, dim=1)
 
@@ -120,6 +121,18 @@ def test_a_wave_that_leads_to_a_class_no_surer_than_clean_images_is_not_telling(
     assert float(found.told[TARGET]) == 0
     search = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
     assert "wave" not in {trigger.family for trigger in search.run().bank}
+
+
+def test_what_a_higher_wave_does_makes_it_telling() -> None:
+    """Beside the planted wave the target leads by little, under twice the height by much."""
+    clip = WaveClip(TARGET, 2.5, 0, 0.1, gain=0.42)
+    found, clean = heard(clip), clip.clean()
+    low, high = (
+        clip.head.leads(encode(clip, clean.images, trigger))[clean.labels != TARGET, TARGET].median()
+        for trigger in found.triggers(TARGET, SIZE, BRIEF)
+    )
+    assert low < 0.2 * clip.head.scale < high
+    assert float(found.told[TARGET]) > 0.7
 
 
 def test_a_clean_model_is_led_to_no_class() -> None:
