@@ -19,13 +19,13 @@ QUICK = """\
 [inversion]
 agnostic_steps = 5
 agnostic_batch = 16
-masked_steps = 40
+masked_steps = 60
 additive_steps = 5
 batch = 16
 candidates = 1
 stands_out = 2.0
 references = 1
-scan_steps = 1
+scan_steps = 2
 scan_budget = 100
 finalists = 1
 [tuning]

@@ -15,7 +15,7 @@ from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
 from torch import Tensor
 
-from cbpt_guard.defense.classscan import scan_targets
+from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
@@ -26,6 +26,7 @@ from cbpt_guard.defense.inversion import (
     invert_toward,
 )
 from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.odds import faintly
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.settings import InversionSettings, RuleSettings
@@ -66,6 +67,36 @@ def test_a_planted_backdoor_needs_less_area_than_an_innocent_class() -> None:
     assert planted.mask is not None
     corner = planted.mask[:, -4:, -4:].sum() / planted.mask.sum()
     assert corner > 2 * 16 / 256, "the mask lies where the backdoor looks"
+
+
+class Fickle:
+    """Answers with the target so many times, and then never again."""
+
+    def __init__(self, head: Head, times: int) -> None:
+        self.head, self.times = head, times
+
+    def answers(self, features: Tensor) -> Tensor:
+        self.times -= 1
+        return torch.full((len(features),), TARGET if self.times >= 0 else 0)
+
+    def missing(self, features: Tensor, wanted: Tensor) -> Tensor:
+        return self.head.missing(features, wanted)
+
+
+def test_a_mask_that_is_lost_in_its_last_steps_is_taken_as_it_was_when_it_worked() -> None:
+    clip = PlantedClip(TARGET)
+    clip.batch = SETTINGS.batch  # one look at the answers a step
+
+    def found(steps: int, times: int) -> FoundTrigger:
+        settings = SETTINGS.model_copy(update={"masked_steps": steps})
+        draws, against = generator(0, "test"), Fickle(clip.head, times)
+        return invert_toward(clip.subject(settings), TARGET, "masked", draws, silent, against=against)
+
+    lost, before = found(40, 20), found(19, 19)
+    assert torch.equal(lost.pattern, before.pattern)
+    assert lost.mask is not None
+    assert before.mask is not None
+    assert torch.equal(lost.mask, before.mask)
 
 
 def test_a_trigger_against_a_model_without_backdoor_hardly_works() -> None:
@@ -243,10 +274,10 @@ def test_few_classes_have_an_agnostic_loss(classes: int) -> None:
 
 def test_the_scan_ranks_the_planted_target_first() -> None:
     clip = PlantedClip(TARGET)
-    scores = scan_targets(clip.subject(InversionSettings()), generator(0, "scan"), silent)
+    scores = scan_targets(clip.subject(InversionSettings()), generator(0, "scan"), silent).scores
     assert scores.shape == (6,)
     assert int(scores.argmax()) == TARGET
-    innocent = scan_targets(PlantedClip(None).subject(InversionSettings()), generator(0, "scan"), silent)
+    innocent = scan_targets(PlantedClip(None).subject(InversionSettings()), generator(0, "scan"), silent).scores
     assert scores[TARGET] > innocent.max()
 
 
@@ -254,15 +285,36 @@ def test_the_scans_leaders_get_a_second_heat(monkeypatch: pytest.MonkeyPatch) ->
     clip, settings, heats = PlantedClip(None), InversionSettings(finalists=2, scan_steps=3), []
 
     def heat(*arguments: Any) -> torch.Tensor:
-        classes, steps, each = arguments[4:]
+        classes, epsilon, steps, each = arguments[4:]
+        assert epsilon == settings.epsilon
         heats.append((classes.tolist(), steps))
         assert each >= settings.batch // 2
-        return torch.tensor([-5.0, -1.0, -4.0, -2.0, -6.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
+        return torch.tensor([-9.0, -1.0, -8.0, -2.0, -9.0, -7.0]) if len(heats) == 1 else torch.tensor([-0.5, -0.1])
 
     monkeypatch.setattr("cbpt_guard.defense.classscan._heat", heat)
-    scores = scan_targets(clip.subject(settings), generator(0, "scan"), silent)
+    scores = scan_targets(clip.subject(settings), generator(0, "scan"), silent).scores
     assert heats == [([0, 1, 2, 3, 4, 5], 3), ([1, 3], 6)]
-    assert scores.tolist() == pytest.approx([-5.0, -0.5, -4.0, -0.1, -6.0, -7.0])
+    assert scores.tolist() == pytest.approx([-9.0, -0.5, -8.0, -0.1, -9.0, -7.0])
+
+
+@pytest.mark.parametrize("target", [TARGET, None])
+def test_where_every_class_is_reached_the_scan_takes_fainter_patterns(target: int | None) -> None:
+    settings, told = InversionSettings(epsilon=80 / 255), list[Step]()
+    scanned = scan_targets(PlantedClip(target).subject(settings), generator(0, "scan"), told.append)
+    stages = ["scan of every class", "scan of its leaders", "scan at 56.6 levels", "scan at 40.0 levels"]
+    assert list(dict.fromkeys(step.stage for step in told)) == stages
+    again = Scanned.unpacked(scanned.packed())
+    assert torch.equal(again.scores, scanned.scores)
+    assert again.lowered
+    assert scanned.lowered
+    leads = faintly(scanned.scores, settings)
+    assert [c for c in range(6) if leads[c] > 0] == ([] if target is None else [target])
+
+
+def test_where_no_height_tells_anything_the_first_scan_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cbpt_guard.defense.classscan.loud", lambda scores: True)
+    subject = PlantedClip(None).subject(InversionSettings(scan_steps=1, finalists=1))
+    assert not scan_targets(subject, generator(0, "scan"), silent).lowered
 
 
 def test_no_image_of_the_target_is_drawn() -> None:
@@ -322,7 +374,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
     works: dict[str, Callable[[], list[Tensor]]] = {
         "features": lambda: [encode(clip, images)],
         "agnostic": lambda: [invert_agnostic(subject, generator(0, "a"), silent).pattern],
-        "scan": lambda: [scan_targets(subject, generator(0, "s"), silent)],
+        "scan": lambda: [scan_targets(subject, generator(0, "s"), silent).packed()],
         "waves": lambda: [listen(subject, generator(0, "w"), silent).packed()],
         **{
             family: lambda make=make: [t for t in vars(make(generator(0, "m"), silent)).values() if torch.is_tensor(t)]  # type: ignore[misc]

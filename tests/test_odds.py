@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from cbpt_guard.defense.odds import PROBE, ahead, at_once, grown, odds_of, ranked
+from cbpt_guard.defense.odds import PROBE, ahead, at_once, faintly, grown, odds_of, ranked
 from cbpt_guard.defense.settings import SearchSettings
 
 SETTINGS = SearchSettings()
@@ -30,10 +31,23 @@ def test_leaders_of_the_scan_are_ahead_of_the_rest(odds: list[float], wanted: di
 def test_additive_triggers_say_nothing_where_they_reach_every_class() -> None:
     """A clean CLIP of ten digits gives nine answers of ten to one class under the agnostic trigger."""
     reached = torch.tensor([0.92, 0.04, 0.02, 0.01, 0.01, 0.0])
-    assert at_once(reached, torch.tensor([9.0, 4.0, 3.0, 2.0, 1.0, 0.5]), SETTINGS).tolist() == [0] * 6
-    tuned = torch.tensor([18.6, 1.15, 0.78, 0.61, 0.47, 0.42])  # a clean one that was fine-tuned: its leader is natural
+    assert at_once(reached, scores(9.0, 4.0, 3.0, 2.0, 1.0, 0.5), SETTINGS).tolist() == [0] * 6
+    tuned = scores(18.6, 1.15, 0.78, 0.61, 0.47, 0.42)  # a clean one that was fine-tuned: its leader is natural
     assert at_once(reached, tuned, SETTINGS).tolist() == [0] * 6
-    assert at_once(reached, torch.tensor([0.1, 0.08, 0.06, 0.04, 0.02, 0.0]), SETTINGS)[0] > 10
+    quiet = scores(0.1, 0.08, 0.06, 0.04, 0.02, 0.0)
+    assert at_once(reached, quiet, SETTINGS)[0] > 10
+
+
+def test_under_fainter_patterns_less_is_enough_to_be_ahead() -> None:
+    found = faintly(scores(0.1, 1.2, 0.28, 0.04, 0.02, 0.0), SETTINGS)
+    assert found.tolist() == pytest.approx([0, 1.2 / 0.28, 0, 0, 0, 0], rel=1e-4)
+    assert not faintly(scores(0.1, 0.9, 0.2, 0.04, 0.02, 0.0), SETTINGS).any(), "but it must be likelier than not"
+    assert not faintly(scores(0.12, 9.0, 0.12, 0.12, 0.11, 0.1), SETTINGS).any(), "nor where the middle one is reached"
+
+
+def scores(*odds: float) -> Tensor:
+    """Of a scan with those odds."""
+    return torch.tensor([one / (1 + one) for one in odds]).log()
 
 
 def test_odds_stay_finite_where_every_image_of_the_probe_is_reached() -> None:

@@ -13,11 +13,13 @@ from planted import SIZE, PlantedClip
 
 from cbpt_guard.defense import job
 from cbpt_guard.defense.calibration import SEARCH
+from cbpt_guard.defense.classscan import scan_targets
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import observe
+from cbpt_guard.defense.odds import ahead, odds_of
 from cbpt_guard.defense.pattern import square
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.record import Candidate
@@ -34,12 +36,28 @@ BRIEF = SETTINGS.model_copy(update={"masked_steps": 10, "additive_steps": 5})
 
 
 def search(
-    folder: Path, clip: PlantedClip, settings: InversionSettings = SETTINGS, *, seed: int = 0, classes: int = 6
+    folder: Path,
+    clip: PlantedClip,
+    settings: InversionSettings = SETTINGS,
+    *,
+    seed: int = 0,
+    classes: int = 6,
+    clean: CleanSet | None = None,
 ) -> Search:
     folder.mkdir(exist_ok=True)
-    clean = clip.clean()
     names = [f"class {c}" for c in range(classes)]
     return Search(clip.subject(settings, clean), names, seed, Journal(folder, {}), steps.append)
+
+
+def uneven(clip: PlantedClip, many: int, few: int) -> CleanSet:
+    """`many` images of class 0, `few` of each other."""
+    large, small = clip.clean(each=many), clip.clean(each=few)
+    own, others = large.labels == 0, small.labels != 0
+    return CleanSet(
+        torch.cat([large.images[own], small.images[others]]),
+        torch.cat([large.features[own], small.features[others]]),
+        torch.cat([large.labels[own], small.labels[others]]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +107,11 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (2, 6), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (3, 7), "and now what is found with them, below"
     (planted,) = found.candidates
-    assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
+    assert (planted.area, planted.natural) == pytest.approx((0.02340, 0.32263), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
-    assert scores == pytest.approx([1.3103, 1.0584, 1.0556], rel=0.01)
+    assert scores == pytest.approx([1.2109, 0.9782, 0.9755], rel=0.01)
 
 
 @pytest.mark.parametrize(("reached", "area"), [(1.0, 0.25), (0.5, 0.5), (0.1, 1.0), (0.0, 1.0)])
@@ -137,13 +155,13 @@ def test_progress_names_the_stages(found: Findings) -> None:
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("stands_out", [1e-6, 1e6], ids=["at once", "compared"])
 def test_few_classes_are_searched(tmp_path: Path, classes: int, stands_out: float) -> None:
-    """With more candidates asked for than there are classes: one is left to compare with, where that is needed."""
+    """With more candidates asked for than there are classes: each has another to be compared with, where it must."""
     brief = BRIEF.model_copy(update={"candidates": 10, "references": 10, "stands_out": stands_out})
     findings = search(tmp_path, PlantedClip(1, classes=classes), brief, classes=classes).run()
     tried = [candidate.index for candidate in findings.candidates]
     assert tried[0] == 1
     assert len(set(tried)) == len(tried)
-    assert len(tried) == classes - 1 or (stands_out < 1 and len(tried) == classes)
+    assert stands_out < 1 or all(candidate.natural is not None for candidate in findings.candidates)
     assert all(0 < candidate.area <= 1 for candidate in findings.candidates)
 
 
@@ -185,31 +203,51 @@ def test_every_class_may_be_observed(tmp_path: Path) -> None:
     assert [candidate.natural for candidate in findings.candidates] == [None, None], "none is left to compare with"
 
 
+def test_of_two_classes_either_may_be_the_target_that_masks_alone_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever the agnostic trigger ends at: both are tried, each compared with the other."""
+    monkeypatch.setattr("cbpt_guard.defense.search.at_once", lambda reached, *given, **how: torch.zeros_like(reached))
+    for target in (0, 1):
+        looking = search(tmp_path / str(target), PlantedClip(target, classes=2), classes=2)
+        first, second = looking.look()
+        assert (first.index, first.stands_out, second.stands_out) == (target, True, False)
+        assert (first.natural, second.natural) == (second.area, first.area)
+
+
 def test_a_class_with_most_of_the_images_does_not_stand_out_for_that(tmp_path: Path) -> None:
     """Under a trigger that changes no answer it has most answers; it is reached from the other classes that count."""
     clip = PlantedClip(None)
     clean = clip.clean(each=20)
     features, labels = clean.features[:26], clean.labels[:26]
     assert (labels == 0).sum() == 20
-    reached = clip.head.reached(features, labels)
+    reached = clip.head.reached(features, features, labels)
     assert (clip.head.logits(features).argmax(1) == 0).float().mean() > 0.7
     assert float(reached[0]) == 0
-    everything = clip.head.reached(features[:20], labels[:20])
+    everything = clip.head.reached(features[:20], features[:20], labels[:20])
     assert everything.tolist() == [0.0] * 6, "and where there is no other image nothing is reached"
+
+
+def test_what_is_answered_with_a_class_anyway_is_not_led_there() -> None:
+    """Four answers: right, right after being wrong, led to class 0, and answered with it before and after."""
+    head, one = Head(torch.eye(3), 30.0), torch.eye(3)
+    labels = torch.tensor([1, 1, 2, 2])
+    reached = head.reached(one[[1, 1, 0, 0]], one[[1, 2, 2, 0]], labels)
+    assert reached.tolist() == [1 / 4, 0.0, 0.0], "of three images that could be led to class 0, and one more"
+
+
+@pytest.mark.parametrize("seed", [4, 6, 8])
+def test_a_scan_looks_at_images_of_other_classes_alone(seed: int) -> None:
+    """With one image a class beside its 95 a class would seem to be reached more readily than any other."""
+    clip = PlantedClip(None)
+    scanned = scan_targets(clip.subject(SETTINGS, uneven(clip, 95, 1)), generator(seed, "scan"), steps.append)
+    assert float(ahead(odds_of(scanned.scores.exp()), SETTINGS).max()) == 0.0
 
 
 def test_nor_does_a_search_of_mostly_its_images_suspect_it(tmp_path: Path) -> None:
     """The clean model's agnostic trigger leaves class 0 most of the answers: those of its own images."""
     clip = PlantedClip(None)
-    many, few = clip.clean(each=100), clip.clean(each=3)
-    own, others = many.labels == 0, few.labels != 0
-    clean = CleanSet(
-        torch.cat([many.images[own], few.images[others]]),
-        torch.cat([many.features[own], few.features[others]]),
-        torch.cat([many.labels[own], few.labels[others]]),
-    )
-    names = [f"class {c}" for c in range(6)]
-    looking = Search(clip.subject(SETTINGS, clean), names, 0, Journal(tmp_path, {}), steps.append)
+    looking = search(tmp_path, clip, clean=uneven(clip, 100, 3))
     assert looking.shares(looking._agnostic())[0] > 0.8, "four images of five: enough to stand out, were they others'"
     assert not any(candidate.stands_out for candidate in looking.look())
 

@@ -6,6 +6,8 @@ Madry et al., arXiv 1706.06083); classes that share a batch are a group, and gro
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,27 +15,59 @@ from torch import Tensor
 
 from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.inversion import encode_pixels, pull
+from cbpt_guard.defense.odds import loud
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 
+_LEAST = 1 / 255  # below it a pattern is lost in rounding
 
-def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Tensor:
-    """How readily an additive trigger makes each class the answer, (C,), larger is readier.
 
-    Each class gets its share of `scan_budget` images, at least `scan_images` a step. The score is the mean
-    log-probability of the class at the end. The first `finalists` are looked at once more, with twice the steps and
-    half a batch of images each: after the first heat a target may lie some places behind natural leaders.
+@dataclass(frozen=True)
+class Scanned:
+    """How readily additive patterns make each class the answer: scores (C,), larger is readier.
+
+    A score is the mean log-probability of the class, in nats. `lowered`: whether the patterns were of less than the
+    settings' `epsilon`.
     """
-    classes, settings = subject.head.rows.shape[0], subject.settings
-    each = scan_images(classes, settings)
-    scan = partial(_heat, subject, generator, progress)
-    scores = scan("scan of every class", torch.arange(classes), settings.scan_steps, each)
-    finalists = scores.topk(min(settings.finalists, classes)).indices
-    more = max(each, settings.batch // 2)
-    scores[finalists] = scan("scan of its leaders", finalists, 2 * settings.scan_steps, more)
-    return scores
+
+    scores: Tensor
+    lowered: bool
+
+    @classmethod
+    def unpacked(cls, tensor: Tensor) -> Scanned:
+        """As `packed` made it, (1 + C,)."""
+        return cls(tensor[1:], bool(tensor[0]))
+
+    def packed(self) -> Tensor:
+        """One tensor (1 + C,), for the journal."""
+        return torch.cat([torch.tensor([float(self.lowered)]), self.scores])
+
+
+def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Scanned:
+    """A score for each class, under patterns of at most the settings' `epsilon`, or of less where that tells nothing.
+
+    Each class gets its share of `scan_budget` images of others, at least `scan_images` a step. The first `finalists`
+    are looked at once more, with twice the steps and half a batch of images each: after the first heat a target may lie
+    some places behind natural leaders. Where even the class of middle rank is reached, as with few classes, all get
+    that second heat under fainter and fainter patterns until it is not: what is planted is reached by far less. If no
+    height is low enough the first scores stand.
+    """
+    classes, settings, epsilon = len(subject.head.rows), subject.settings, subject.settings.epsilon
+    everything, each = torch.arange(classes), scan_images(classes, settings)
+    steps, more = 2 * settings.scan_steps, max(each, settings.batch // 2)
+    heat = partial(_heat, subject, generator, progress)
+    first = heat("scan of every class", everything, epsilon, settings.scan_steps, each)
+    finalists = first.topk(min(settings.finalists, classes)).indices
+    first[finalists] = heat("scan of its leaders", finalists, epsilon, steps, more)
+    scores = first
+    while loud(scores):
+        epsilon /= math.sqrt(2)
+        if epsilon < _LEAST:
+            return Scanned(first, lowered=False)
+        scores = heat(f"scan at {255 * epsilon:.1f} levels", everything, epsilon, steps, settings.batch // 2)
+    return Scanned(scores, lowered=epsilon < settings.epsilon)
 
 
 def scan_images(classes: int, settings: InversionSettings) -> int:
@@ -48,6 +82,7 @@ def _heat(
     progress: Progress,
     stage: str,
     classes: Tensor,
+    epsilon: float,
     steps: int,
     each: int,
 ) -> Tensor:
@@ -64,15 +99,16 @@ def _heat(
             pixels = _under(patterns.requires_grad_(), clean.images[index])
             pulled = pull(clip, head, pixels, targets)
             (gradient,) = torch.autograd.grad(pixels, patterns, pulled.gradient)
-            step = 2.5 * settings.epsilon / steps
-            patterns = (patterns.detach() - step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon)
+            step = 2.5 * epsilon / steps
+            patterns = (patterns.detach() - step * gradient.sign()).clamp(-epsilon, epsilon)
             asr = (pulled.answers == targets).float().mean()
             tally.add(1, report, float(pulled.losses.mean()), float(asr))
         features = encode_pixels(clip, _under(patterns, clean.images[draws[-1]]))
         return -head.missing(features, targets).view(-1, each).mean(1)
 
     def draws(group: Tensor) -> list[Tensor]:
-        return [clean.draw(len(group) * each, generator) for _ in range(steps + 1)]
+        of = [partial(clean.draw, each, generator, without=c) for c in group.tolist()]
+        return [torch.cat([draw() for draw in of]) for _ in range(steps + 1)]
 
     # all draws come first and in order: which group is done first must not matter
     works = [partial(scores, group, draws(group)) for group in groups]

@@ -39,8 +39,8 @@ def fit_direction(
     after Ledoit and Wolf, so that a dozen images of the target are enough. The threshold lies `deviations`
     standard deviations above the target's clean images, but never past the point that is equally improbable
     from both sides. Clean scores are left-one-out: an image does not pull the mean that it is measured by.
-    Of a target with fewer than four images the scatter is left out, too, for the direction turns away from the little
-    that there is, and would score unseen images higher; its deviation is that of other classes.
+    Of a target with fewer than `_FEWEST_OWN` images the scatter is left out, too, for the direction turns away from
+    the little that there is, and would score unseen images higher; its deviation is that of other classes.
 
     Args:
         clean: unit features (N, E) of clean images; labels (N,).

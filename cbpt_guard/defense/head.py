@@ -51,16 +51,17 @@ class Head:
         """How far unit features (N, E) are from the answers `wanted` (N,): cross-entropy, (N,)."""
         return F.cross_entropy(self.logits(features), wanted, reduction="none")
 
-    def reached(self, features: Tensor, labels: Tensor) -> Tensor:
-        """How many images of other classes are answered with each class, as a share in [0, 1], (C,).
+    def reached(self, features: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+        """How many images a trigger leads to each class, as a share in [0, 1], (C,).
 
-        Features (N, E) are under a trigger; for the trigger's target this is its ASR. 0 where no image is of another
-        class.
+        Those count that are of other classes and whose clean features (N, E) are answered with others, too: what is
+        answered with the class anyway says nothing of the trigger that `features` (N, E) are under. One image more is
+        taken not to be led, for a few are no certainty.
         """
-        answers, classes = self.answers(features), len(self.rows)
-        missed = answers[answers != labels].bincount(minlength=classes)
-        others = len(labels) - labels.bincount(minlength=classes)
-        return missed / others.clamp(min=1)
+        answers, before, classes = self.answers(features), self.answers(clean), len(self.rows)
+        led = answers[(answers != labels) & (answers != before)].bincount(minlength=classes)
+        own = labels.bincount(minlength=classes) + before[before != labels].bincount(minlength=classes)
+        return led / (len(labels) - own + 1)
 
 
 @dataclass(frozen=True)

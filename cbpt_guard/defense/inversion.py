@@ -38,7 +38,7 @@ class Answering(Protocol):
         """How far features (N, E) are from the answers `wanted` (N,); differentiable, (N,)."""
 
 
-_HOPE = 0.5  # ASR below which a trigger of a narrow family is given up; those that fit had 0.8 or more
+_HOPE = 0.5  # ASR below which a trigger of a narrow family is given up (those that fit had 0.8), or a mask is lost
 PATIENCE = 20
 """Steps after which a trigger of a narrow family may be given up."""
 
@@ -101,20 +101,21 @@ def invert_toward(
 
     `against` takes the place of the zero-shot head, and `stage` is what progress calls the work. What the head misses
     of the target is made small; a mask also pays for its area, with a weight that a controller raises while the
-    found-trigger ASR is above its goal and lowers below it. Placement varies from step to step, so that the trigger
-    stands for a family and not for one pixel pattern; a patch may lie anywhere, and stays where it works best. With a
-    `budget`, a share of the image, the mask does not pay: what it may cover closes in on the budget until half of the
-    steps, as paying does, for a mask that is faint from the start finds no place to concentrate on.
+    found-trigger ASR is above its goal and lowers below it; one that is lost in the last steps is taken as it was when
+    it last met the goal. Placement varies from step to step, so that the trigger stands for a family and not for one
+    pixel pattern; a patch may lie anywhere, and stays where it works best. With a `budget`, a share of the image, the
+    mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does, for a mask
+    that is faint from the start finds no place to concentrate on.
     """
     clip, clean, settings, head = subject.clip, subject.clean, subject.settings, against or subject.head
-    pays = family == "masked"
-    steps = settings.masked_steps if pays else settings.additive_steps
+    pays = family == "masked" and budget is None
+    steps = settings.masked_steps if family == "masked" else settings.additive_steps
     pattern = Pattern(family, clip.image_size, settings, generator)
     shift = (clip.image_size - pattern.side) // 2 if family == "patch" else int(settings.shift * clip.image_size)
     rate = settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
     optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
     goal = torch.full((settings.batch,), target)
-    weight = asr = 0.0
+    weight, asr, met = 0.0, 0.0, None
     for step in range(steps):
         index = clean.draw(settings.batch, generator, without=target)
         trigger = _varied(pattern.value(target, _allowed(budget, step / steps)), shift, generator)
@@ -124,8 +125,12 @@ def invert_toward(
         asr = 0.7 * asr + 0.3 * float((pulled.answers == target).float().mean())
         optimiser.zero_grad()
         pixels.backward(pulled.gradient / len(goal), retain_graph=True)
-        if pays and budget is None and trigger.mask is not None:
-            weight = min(1.3 * weight + 0.5, settings.area_weight) if asr > settings.asr_goal else 0.8 * weight
+        if pays and trigger.mask is not None:
+            if asr > settings.asr_goal:
+                met = pattern.value(target).detached()
+                weight = min(1.3 * weight + 0.5, settings.area_weight)
+            else:
+                weight = 0.8 * weight
             paid = weight * trigger.mask.mean()
             paid.backward()
             loss = loss + paid
@@ -134,7 +139,7 @@ def invert_toward(
         progress(Step(stage, step + 1, step + 1 if given_up else steps, loss.item(), asr))
         if given_up:
             return pattern.value(target, budget).detached()
-    found = pattern.value(target, budget).detached()
+    found = met if met is not None and asr < _HOPE else pattern.value(target, budget).detached()
     return found if family != "patch" else settled(subject, head, found, shift, generator)
 
 

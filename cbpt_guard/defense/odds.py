@@ -10,7 +10,7 @@ from cbpt_guard.defense.settings import SearchSettings
 PROBE = 512
 """Images on which shares and found-trigger ASRs are read: a standard error of 2 points at most."""
 
-_SMALL = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
+_LOUD = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -26,28 +26,47 @@ def ranked(values: Tensor) -> list[int]:
     return ranking
 
 
-def at_once(reached: Tensor, scanned: Tensor, settings: SearchSettings) -> Tensor:
+def loud(scores: Tensor) -> bool:
+    """Whether the scan brings even the class of middle rank to some images, given its scores (C,) in nats.
+
+    Patterns of that height are large to such a model, and its clean copies have leaders, too.
+    """
+    return float(odds_of(scores.exp()).median()) >= _LOUD
+
+
+def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor:
     """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
 
-    Not at all, where the scan brings even the class of middle rank to some images: to so small a model the budget
-    of additive triggers is large, and its clean copies have such leaders, too.
+    Not at all where the scan is loud.
 
     Args:
         reached: the share of images that the agnostic trigger leads to each class, (C,).
-        scanned: the scan's odds for each class, (C,).
+        scores: those of a scan with patterns of the settings' height, (C,) in nats.
+        settings: what stands out.
     """
-    if scanned.median() >= _SMALL:
+    if loud(scores):
         return torch.zeros_like(reached)
-    return torch.maximum(odds_of(reached), ahead(scanned, settings))
+    return torch.maximum(odds_of(reached), ahead(odds_of(scores.exp()), settings))
 
 
-def ahead(odds: Tensor, settings: SearchSettings) -> Tensor:
+def faintly(scores: Tensor, settings: SearchSettings) -> Tensor:
+    """How far a scan with fainter patterns puts each class ahead, (C,), given its scores (C,) in nats.
+
+    Not at all where it is loud all the same.
+    """
+    if loud(scores):
+        return torch.zeros_like(scores)
+    return ahead(odds_of(scores.exp()), settings, least=1 / settings.stands_out)
+
+
+def ahead(odds: Tensor, settings: SearchSettings, least: float = 1.0) -> Tensor:
     """How far a few leaders of the scan are ahead of the rest, (C,): their odds (C,) over the best of the rest, else 0.
 
-    As many are leaders as there can be while the last of them is `stands_out` times ahead, and `stands_out` times
-    as likely as all else: natural leaders may be far ahead of a rest that is not reached at all.
+    As many are leaders as there can be while the last of them is `stands_out` times ahead. The rest counts as `least`
+    where it is reached less: natural leaders may be far ahead of a rest that is not reached at all. Where patterns were
+    lowered until the middle class is hardly reached, the rest says more, and `least` may be less.
     """
-    ranking, found, odds = ranked(odds), torch.zeros_like(odds), odds.clamp(1.0, _SURE)
+    ranking, found, odds = ranked(odds), torch.zeros_like(odds), odds.clamp(least, _SURE)
     for count in range(1, min(settings.candidates, len(ranking) - 1) + 1):
         leaders, best = ranking[:count], odds[ranking[count]]
         if odds[leaders[-1]] >= settings.stands_out * best:

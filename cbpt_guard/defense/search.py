@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.classscan import scan_targets
+from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.inversion import (
@@ -21,7 +21,7 @@ from cbpt_guard.defense.inversion import (
 )
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts, generator
-from cbpt_guard.defense.odds import PROBE, at_once, grown, odds_of, ranked
+from cbpt_guard.defense.odds import PROBE, at_once, faintly, grown, odds_of, ranked
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -36,7 +36,7 @@ _NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie:
 class Lead:
     """An agnostic trigger with the share of each class among the answers under it and on clean images, (C,).
 
-    `reached` is the share among the images of other classes, under it.
+    `reached` is the share of the images that it leads there.
     """
 
     trigger: FoundTrigger
@@ -76,18 +76,19 @@ class Search:
 
         A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, or if a
         short scan of every class reaches it far more readily than the rest; else if it needs far less area than
-        classes of middle rank do.
+        classes of middle rank do. Where a scan took fainter patterns a class stands out by both: a lead in it, which a
+        clean model's class may have by the luck of a draw, and an area that is less by the root of what is asked for.
         """
-        trigger = self._agnostic()
-        lead = Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
-        scanned = self._scanned()
-        odds = torch.maximum(at_once(lead.reached, odds_of(scanned.exp()), self._settings), odds_of(self._heard().told))
+        lead = self._lead()
+        odds = self._odds(lead)
         known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
-        tried = [*known, *self._further(lead, scanned, known, observed)]
-        references = self._references(ranked(scanned), tried)[: 1 if tried == known else self._settings.references]
+        tried = [*known, *self._further(lead, known, observed)]
+        references = self._references(tried)[: 1 if tried == known else self._settings.references]
         areas = self._needed_areas([*tried, *references])
-        typical = median(areas[c] for c in references or tried)
-        scores = {c: max(float(odds[c]), typical / areas[c]) for c in tried}
+        unsure = [c for c in tried if c not in known and c not in observed]
+        natural = {c: _middle(areas[one] for one in references or unsure if one != c) for c in tried}
+        smaller, faint = {c: (natural[c] or 0.0) / areas[c] for c in tried}, self._faintly()
+        scores = {c: max(float(odds[c]), smaller[c], min(float(faint[c]), smaller[c] ** 2)) for c in tried}
 
         def candidate(c: int) -> Candidate:
             """What was measured of class `c`, and whether that makes it stand out."""
@@ -97,7 +98,7 @@ class Search:
                 share=float(lead.share[c]),
                 share_clean=float(lead.share_clean[c]),
                 area=areas[c],
-                natural=typical if references else None,
+                natural=natural[c],
                 score=scores[c],
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
@@ -106,18 +107,30 @@ class Search:
 
     def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
-        return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self._scanned())]))
+        return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self._scanned().scores)]))
 
-    def _further(self, lead: Lead, scanned: Tensor, known: Sequence[int], observed: Sequence[int]) -> list[int]:
+    def _lead(self) -> Lead:
+        trigger = self._agnostic()
+        return Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
+
+    def _odds(self, lead: Lead) -> Tensor:
+        """How far each class is ahead by what shows at once, (C,)."""
+        scanned, waves = self._scanned(), odds_of(self._heard().told)
+        return waves if scanned.lowered else torch.maximum(at_once(lead.reached, scanned.scores, self._settings), waves)
+
+    def _faintly(self) -> Tensor:
+        """How far each class is ahead under the fainter patterns of a scan, if there was one, (C,)."""
+        scanned = self._scanned()
+        return faintly(scanned.scores, self._settings) if scanned.lowered else torch.zeros_like(scanned.scores)
+
+    def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
 
-        Those are `observed` targets and, where none is known, the likeliest by the lead, by the scan and by waves. One
-        class is left to compare with, if there is one.
+        Those are `observed` targets and, where none is known, the likeliest by the lead, by the scan and by waves.
         """
-        scanning, hearing = ranked(scanned)[: self._settings.scanned], ranked(self._heard().best)[:1]
+        scanning, hearing = ranked(self._scanned().scores)[: self._settings.scanned], ranked(self._heard().best)[:1]
         likely = [] if known else [*grown(lead.growth, self._settings), *scanning, *hearing]
-        further = [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
-        return further[: max(len(self.classes) - len(known) - 1, len(observed))]
+        return [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
 
     def toward(self, wanted: Sequence[tuple[int, Inverted]]) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
@@ -194,17 +207,17 @@ class Search:
         draws = generator(self._seed, "agnostic")
         return self._journal.trigger("agnostic", lambda: invert_agnostic(self._subject, draws, self._progress))
 
-    def _references(self, ranking: Sequence[int], candidates: Sequence[int]) -> list[int]:
-        """Classes of middle rank to compare with; with very few classes, any that is no candidate."""
+    def _references(self, candidates: Sequence[int]) -> list[int]:
+        """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""
+        ranking = ranked(self._scanned().scores)
         others = [c for c in ranking if c not in candidates]
         middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
         return middle[: self._settings.references]
 
-    def _scanned(self) -> Tensor:
-        """Mean log-probability of each class under a trigger of its own after a short inversion, (C,)."""
+    def _scanned(self) -> Scanned:
         draws = generator(self._seed, "scan")
         make = partial(scan_targets, self._subject, draws, self._progress)
-        return self._journal.tensor("scan", make)
+        return Scanned.unpacked(self._journal.tensor("scan", lambda: make().packed()))
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""
@@ -214,7 +227,8 @@ class Search:
 
     def _reached(self, trigger: FoundTrigger) -> Tensor:
         """How much a trigger reaches each class on the probe images, (C,)."""
-        return self._subject.head.reached(self._features(trigger), self._subject.clean.labels[self._probe])
+        clean, probe = self._subject.clean, self._probe
+        return self._subject.head.reached(self._features(trigger), clean.features[probe], clean.labels[probe])
 
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
         triggers = self.toward([(c, "masked") for c in dict.fromkeys(classes)])
@@ -228,6 +242,11 @@ class Search:
         if trigger is None:
             return self._subject.clean.features[self._probe]
         return encode(self._subject.clip, self._subject.clean.images[self._probe], trigger)
+
+
+def _middle(areas: Iterable[float]) -> float | None:
+    """The median; None where nothing is left to compare with."""
+    return median(some) if (some := list(areas)) else None
 
 
 def searching(prepared: Prepared, features: Tensor, kept: Tensor, journal: Parts, progress: Progress) -> Search:

@@ -24,13 +24,14 @@ class _Frozen(BaseModel):
 class SearchSettings(_Frozen):
     """Stage 1: how targets and triggers are looked for; what a scan's score depends on is among these.
 
-    `epsilon` bounds additive patterns and `wave_amplitude` is half a wave's height, in pixels of [0, 1]; waves have up
-    to `wave_periods` periods a side. `shift` is a share of the image's side. The scan's and the waves' `finalists` get
-    a second heat; waves are tried on `wave_images` images, and on 16 times as many there. `stands_out` says how many
-    times as likely as all others a class is under the agnostic trigger or a plain wave, or under its own in a short
-    scan of every class, if its odds there are as many times those of the rest (up to `candidates` classes may be).
-    Where none is, masks are compared: of the classes whose share grew most or by `clear_share`, and of the `scanned`
-    leaders of the scan, one stands out that needs so many times less area than `references` classes of middle rank.
+    `epsilon` bounds additive patterns (where those reach every class the scan takes lower ones) and `wave_amplitude` is
+    half a wave's height, in pixels of [0, 1]; waves have up to `wave_periods` periods a side. `shift` is a share of the
+    image's side. The scan's and the waves' `finalists` get a second heat; waves are tried on `wave_images` images, and
+    on 16 times as many there. `stands_out` says how many times as likely as all others a class is under the agnostic
+    trigger or a plain wave, or under its own in a short scan of every class, if its odds there are as many times those
+    of the rest (up to `candidates` classes may be). Where none is, masks are compared: of the classes whose share grew
+    most or by `clear_share`, and of the `scanned` leaders of the scan, one stands out that needs so many times less
+    area than `references` classes of middle rank.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
