@@ -203,6 +203,26 @@ def test_every_class_may_be_observed(tmp_path: Path) -> None:
     assert [candidate.natural for candidate in findings.candidates] == [None, None], "none is left to compare with"
 
 
+@pytest.mark.parametrize(
+    ("lead", "area", "score"),
+    [(5.0, 0.08, 5.0), (5.0, 0.2, 1.5**2), (30.0, 0.08, 3.75**2), (0.0, 0.08, 3.75), (3.0, 0.08, 3.75)],
+    ids=["both", "a lead without a mask", "more of both", "a mask without a lead", "a small lead"],
+)
+def test_a_lead_under_fainter_patterns_counts_with_a_smaller_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lead: float, area: float, score: float
+) -> None:
+    """Other classes need three tenths of the image."""
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    monkeypatch.setattr(looking, "_odds", lambda lead: torch.zeros(6))
+    monkeypatch.setattr(looking, "_faintly", lambda: torch.eye(6)[TARGET] * lead)
+    monkeypatch.setattr(looking, "_further", lambda *given: [TARGET, 3])
+    monkeypatch.setattr(looking, "_needed_areas", lambda classes: {c: area if c == TARGET else 0.3 for c in classes})
+    first, second = looking.look()
+    assert (first.index, first.score) == (TARGET, pytest.approx(score))
+    assert first.stands_out == (score >= BRIEF.stands_out)
+    assert second.score == 1.0
+
+
 def test_of_two_classes_either_may_be_the_target_that_masks_alone_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
