@@ -21,6 +21,7 @@ from command import append, read, stamp
 from pages import rewrite
 
 from cbpt_guard.bench.table import joined
+from cbpt_guard.metrics import attack_success_rate
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "inversion.jsonl", HERE.parent / "docs" / "method.md"
@@ -100,7 +101,7 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
                 "found": [
                     {
                         "family": family,
-                        "asr": round(float(head.reached(f, data.labels)[target]), 4),
+                        "asr": round(attack_success_rate(head.answers(f).numpy(), data.labels.numpy(), target), 4),
                         "cosine": _cosine(f, true),
                     }
                     for family, f in under

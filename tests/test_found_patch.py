@@ -50,7 +50,7 @@ def inverted(clip: PlantedClip, settings: InversionSettings = SETTINGS) -> tuple
 
 def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:
     unseen = clip.clean(seed=9)
-    return float(clip.head.reached(encode(clip, unseen.images, trigger), unseen.features, unseen.labels)[TARGET])
+    return float(clip.head.reached(encode(clip, unseen.images, trigger), unseen.features, unseen.labels).share[TARGET])
 
 
 @pytest.mark.parametrize("corner", [True, False])

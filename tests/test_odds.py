@@ -42,7 +42,6 @@ def test_under_fainter_patterns_less_is_enough_to_be_ahead() -> None:
     found = faintly(scores(0.1, 1.2, 0.28, 0.04, 0.02, 0.0), SETTINGS)
     assert found.tolist() == pytest.approx([0, 1.2 / 0.28, 0, 0, 0, 0], rel=1e-4)
     assert not faintly(scores(0.1, 0.9, 0.2, 0.04, 0.02, 0.0), SETTINGS).any(), "but it must be likelier than not"
-    assert not faintly(scores(0.12, 9.0, 0.12, 0.12, 0.11, 0.1), SETTINGS).any(), "nor where the middle one is reached"
 
 
 def scores(*odds: float) -> Tensor:

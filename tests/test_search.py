@@ -16,7 +16,7 @@ from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.classscan import scan_targets
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.head import Head, Reached
 from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.observed import observe
 from cbpt_guard.defense.odds import ahead, odds_of
@@ -109,7 +109,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
     """
     assert (SEARCH, job._RECIPE) == (3, 7), "and now what is found with them, below"
     (planted,) = found.candidates
-    assert (planted.area, planted.natural) == pytest.approx((0.02340, 0.32263), rel=0.01)
+    assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
     assert scores == pytest.approx([1.2109, 0.9782, 0.9755], rel=0.01)
 
@@ -119,7 +119,8 @@ def test_a_mask_that_works_half_the_time_needs_twice_its_area(
     reached: float, area: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking = search(tmp_path, PlantedClip(None))
-    monkeypatch.setattr(looking, "_reached", lambda trigger: torch.full((6,), reached))
+    led = Reached(torch.full((6,), int(10 * reached)), torch.full((6,), 10))
+    monkeypatch.setattr(looking, "_reached", lambda trigger: led)
     mask = FoundTrigger("masked", 1, torch.zeros(3, SIZE, SIZE), torch.full((1, SIZE, SIZE), 0.25))
     assert looking._needed_area(mask) == pytest.approx(area)
 
@@ -183,6 +184,8 @@ def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(foun
     assert found.budgets(4.0) == {TARGET: pytest.approx(area)}
     wide = replace(found, candidates=(found.candidates[0].model_copy(update={"natural": 2 * area}),))
     assert wide.budgets(4.0) == {TARGET: pytest.approx(area / 2)}
+    led = replace(found, candidates=(wide.candidates[0].model_copy(update={"natural": 1.8 * area, "faint": 5.0}),))
+    assert led.budgets(4.0) == {TARGET: pytest.approx(0.9 * area)}, "half of what is natural makes it stand out then"
     unknown = found.candidates[0].model_copy(update={"natural": None})
     assert replace(found, candidates=(unknown,)).budgets(4.0) == {TARGET: pytest.approx(area)}
     additive = TriggerBank(tuple(trigger for trigger in found.bank if trigger.family == "additive"))
@@ -223,6 +226,23 @@ def test_a_lead_under_fainter_patterns_counts_with_a_smaller_mask(
     assert second.score == 1.0
 
 
+def test_what_stands_out_at_once_hides_no_lead_under_fainter_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A natural wave, say, toward class 4."""
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    monkeypatch.setattr(looking, "_odds", lambda lead: torch.eye(6)[4] * 20)
+    monkeypatch.setattr(looking, "_faintly", lambda: torch.eye(6)[TARGET] * 10)
+    monkeypatch.setattr(looking, "_needed_areas", lambda classes: {c: 0.02 if c == TARGET else 0.3 for c in classes})
+    assert {candidate.index for candidate in looking.look() if candidate.stands_out} == {4, TARGET}
+
+
+def test_what_would_be_a_reference_is_a_candidate_where_classes_are_few(tmp_path: Path) -> None:
+    brief = BRIEF.model_copy(update={"candidates": 1, "scanned": 1, "references": 2})
+    looking = search(tmp_path, PlantedClip(None, classes=3), brief, classes=3)
+    assert {candidate.index for candidate in looking.look()} == {0, 1, 2}
+
+
 def test_of_two_classes_either_may_be_the_target_that_masks_alone_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,9 +263,9 @@ def test_a_class_with_most_of_the_images_does_not_stand_out_for_that(tmp_path: P
     assert (labels == 0).sum() == 20
     reached = clip.head.reached(features, features, labels)
     assert (clip.head.logits(features).argmax(1) == 0).float().mean() > 0.7
-    assert float(reached[0]) == 0
+    assert (int(reached.led[0]), int(reached.of[0])) == (0, 6)
     everything = clip.head.reached(features[:20], features[:20], labels[:20])
-    assert everything.tolist() == [0.0] * 6, "and where there is no other image nothing is reached"
+    assert everything.share[0] == 0, "and where there is no other image nothing is reached"
 
 
 def test_what_is_answered_with_a_class_anyway_is_not_led_there() -> None:
@@ -253,7 +273,22 @@ def test_what_is_answered_with_a_class_anyway_is_not_led_there() -> None:
     head, one = Head(torch.eye(3), 30.0), torch.eye(3)
     labels = torch.tensor([1, 1, 2, 2])
     reached = head.reached(one[[1, 1, 0, 0]], one[[1, 2, 2, 0]], labels)
-    assert reached.tolist() == [1 / 4, 0.0, 0.0], "of three images that could be led to class 0, and one more"
+    assert (reached.led.tolist(), reached.of.tolist()) == ([1, 0, 0], [3, 2, 1])
+    assert reached.share.tolist() == pytest.approx([1 / 3, 0, 0])
+    assert reached.surely.tolist() == pytest.approx([1 / 4, 0, 0])
+
+
+def test_a_scan_draws_what_can_be_led_to_a_class() -> None:
+    """Four of the five other classes are answered with class 0, which leaves the images of class 1."""
+    clip = PlantedClip(None)
+    rows = clip.head.rows.clone()
+    rows[0] = 2.7 * F.normalize(rows.sum(0), dim=0)
+    clip.head = Head(rows, clip.head.scale)
+    subject = clip.subject(SETTINGS)
+    assert subject.clean.labels[subject.others(0)].tolist() == [1] * 8
+    assert set(subject.clean.labels[subject.others(1)].tolist()) == {0, 2, 3, 4, 5}
+    rows[0] *= 10
+    assert set(subject.clean.labels[clip.subject(SETTINGS).others(0)].tolist()) == {1, 2, 3, 4, 5}, "where none is left"
 
 
 @pytest.mark.parametrize("seed", [4, 6, 8])

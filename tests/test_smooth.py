@@ -74,7 +74,7 @@ def inverted(clip: PlantedClip, family: Inverted, settings: InversionSettings = 
 
 def reached(clip: PlantedClip, trigger: FoundTrigger) -> float:
     unseen = clip.clean(seed=9)
-    return float(clip.head.reached(encode(clip, unseen.images, trigger), unseen.features, unseen.labels)[TARGET])
+    return float(clip.head.reached(encode(clip, unseen.images, trigger), unseen.features, unseen.labels).share[TARGET])
 
 
 def test_a_found_warp_moves_pixels_as_the_planted_one_of_the_same_shifts() -> None:

@@ -106,7 +106,9 @@ def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, d
     assert torch.allclose(higher.pattern, 2 * trigger.pattern)
     assert (trigger.family, trigger.target, trigger.mask, trigger.area) == ("wave", TARGET, None, 1.0)
     fresh = clip.clean(seed=5)
-    assert float(clip.head.reached(encode(clip, fresh.images, trigger), fresh.features, fresh.labels)[TARGET]) > 0.8
+    assert (
+        float(clip.head.reached(encode(clip, fresh.images, trigger), fresh.features, fresh.labels).share[TARGET]) > 0.8
+    )
     again = Heard.unpacked(found.packed())
     assert torch.equal(again.numbers, found.numbers)
     assert torch.equal(again.reached, found.reached)

@@ -21,7 +21,7 @@ from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 
-_LEAST = 1 / 255  # below it a pattern is lost in rounding
+_LEAST = 0.99 / 255  # below one level, and what rounding makes of it, a pattern is lost
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Scanned:
 def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Scanned:
     """A score for each class, under patterns of at most the settings' `epsilon`, or of less where that tells nothing.
 
-    Each class gets its share of `scan_budget` images of others, at least `scan_images` a step. The first `finalists`
+    Each class gets its share of `scan_budget` images, at least `scan_images` a step. The first `finalists`
     are looked at once more, with twice the steps and half a batch of images each: after the first heat a target may lie
     some places behind natural leaders. Where even the class of middle rank is reached, as with few classes, all get
-    that second heat under fainter and fainter patterns until it is not: what is planted is reached by far less. If no
-    height is low enough the first scores stand.
+    twice the steps, on half a batch of images each at most, with fainter and fainter patterns until it is not: what is
+    planted is reached by far less. If no height is low enough the first scores stand.
     """
     classes, settings, epsilon = len(subject.head.rows), subject.settings, subject.settings.epsilon
     everything, each = torch.arange(classes), scan_images(classes, settings)
@@ -66,7 +66,8 @@ def scan_targets(subject: Subject, generator: torch.Generator, progress: Progres
         epsilon /= math.sqrt(2)
         if epsilon < _LEAST:
             return Scanned(first, lowered=False)
-        scores = heat(f"scan at {255 * epsilon:.1f} levels", everything, epsilon, steps, settings.batch // 2)
+        stage, few = f"scan at {255 * epsilon:.1f} levels", min(each, settings.batch // 2)
+        scores = heat(stage, everything, epsilon, steps, few)
     return Scanned(scores, lowered=epsilon < settings.epsilon)
 
 
@@ -107,8 +108,11 @@ def _heat(
         return -head.missing(features, targets).view(-1, each).mean(1)
 
     def draws(group: Tensor) -> list[Tensor]:
-        of = [partial(clean.draw, each, generator, without=c) for c in group.tolist()]
-        return [torch.cat([draw() for draw in of]) for _ in range(steps + 1)]
+        pools = [subject.others(c) for c in group.tolist()]
+        picked = [
+            [pool[torch.randint(len(pool), (each,), generator=generator)] for pool in pools] for _ in range(steps + 1)
+        ]
+        return [torch.cat(of_step) for of_step in picked]
 
     # all draws come first and in order: which group is done first must not matter
     works = [partial(scores, group, draws(group)) for group in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cbpt_guard.defense.found import TriggerBank
@@ -24,10 +25,12 @@ class Findings:
         """The area that a fresh mask toward each suspect may cover, as a share of the image.
 
         As much as the found one, and no more than would make a class stand out: with more, any image can be painted
-        over with the target, backdoor or not.
+        over with the target, backdoor or not. That is the root of it beside a lead under fainter patterns.
         """
         masks = [one for one in self.bank if one.family == "masked"]
         found = {item.index: [one.area for one in masks if one.target == item.index] for item in self.candidates}
-        striking = {item.index: [item.natural / stands_out] for item in self.candidates if item.natural is not None}
+        factor = {item.index: math.sqrt(stands_out) if item.faint else stands_out for item in self.candidates}
+        natural = {item.index: item.natural for item in self.candidates if item.natural is not None}
+        striking = {index: [area / factor[index]] for index, area in natural.items()}
         # the bank of an earlier run, read for other classes, may hold no mask toward a suspect
         return {target: min([1.0, *found[target], *striking.get(target, [])]) for target in self.suspects}

@@ -51,17 +51,34 @@ class Head:
         """How far unit features (N, E) are from the answers `wanted` (N,): cross-entropy, (N,)."""
         return F.cross_entropy(self.logits(features), wanted, reduction="none")
 
-    def reached(self, features: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
-        """How many images a trigger leads to each class, as a share in [0, 1], (C,).
+    def reached(self, features: Tensor, clean: Tensor, labels: Tensor) -> Reached:
+        """How many images a trigger leads to each class.
 
         Those count that are of other classes and whose clean features (N, E) are answered with others, too: what is
-        answered with the class anyway says nothing of the trigger that `features` (N, E) are under. One image more is
-        taken not to be led, for a few are no certainty.
+        answered with the class anyway says nothing of the trigger that `features` (N, E) are under.
         """
         answers, before, classes = self.answers(features), self.answers(clean), len(self.rows)
         led = answers[(answers != labels) & (answers != before)].bincount(minlength=classes)
         own = labels.bincount(minlength=classes) + before[before != labels].bincount(minlength=classes)
-        return led / (len(labels) - own + 1)
+        return Reached(led, len(labels) - own)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How many images a trigger led to each class (C,), of how many that it could lead there (C,)."""
+
+    led: Tensor
+    of: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """Of the images that could be led, (C,) in [0, 1]; 0 where there is none."""
+        return self.led / self.of.clamp(min=1)
+
+    @property
+    def surely(self) -> Tensor:
+        """The same with one image more that was not led, (C,): a few images are no certainty."""
+        return self.led / (self.of + 1)
 
 
 @dataclass(frozen=True)

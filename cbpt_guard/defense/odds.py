@@ -10,7 +10,7 @@ from cbpt_guard.defense.settings import SearchSettings
 PROBE = 512
 """Images on which shares and found-trigger ASRs are read: a standard error of 2 points at most."""
 
-_LOUD = 0.1  # odds of the scan's middle class from which its leaders say nothing: 0.3 to 0.5 of ten digits, else ~0
+_LOUD = 0.1  # odds of the scan's middle class from which its leaders say nothing: of ten classes 0.3 to 50, of 200 ~0
 _SURE = 10.0  # odds of the scan above which there is nothing to compare
 
 
@@ -50,12 +50,7 @@ def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor
 
 
 def faintly(scores: Tensor, settings: SearchSettings) -> Tensor:
-    """How far a scan with fainter patterns puts each class ahead, (C,), given its scores (C,) in nats.
-
-    Not at all where it is loud all the same.
-    """
-    if loud(scores):
-        return torch.zeros_like(scores)
+    """How far a scan with patterns just faint enough puts each class ahead, (C,), given its scores (C,) in nats."""
     return ahead(odds_of(scores.exp()), settings, least=1 / settings.stands_out)
 
 

@@ -126,7 +126,7 @@ def _expected(
 
 
 def _scanned(settings: InversionSettings, classes: int) -> int:
-    """Images that the scan of every class looks at, in both heats."""
+    """Images that the scan of every class looks at, in both heats; fainter patterns may be tried beside these."""
     first, finalists = scan_images(classes, settings), min(settings.finalists, classes)
     second = max(first, settings.batch // 2)
     return classes * first * (settings.scan_steps + 1) + finalists * second * (2 * settings.scan_steps + 1)

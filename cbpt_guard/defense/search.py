@@ -13,6 +13,7 @@ from torch import Tensor
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
+from cbpt_guard.defense.head import Reached
 from cbpt_guard.defense.inversion import (
     NARROW,
     Answering,
@@ -85,8 +86,9 @@ class Search:
         tried = [*known, *self._further(lead, known, observed)]
         references = self._references(tried)[: 1 if tried == known else self._settings.references]
         areas = self._needed_areas([*tried, *references])
-        unsure = [c for c in tried if c not in known and c not in observed]
-        natural = {c: _middle(areas[one] for one in references or unsure if one != c) for c in tried}
+        usual = references or [c for c in tried if c not in known and c not in observed]
+        movable = self._reached(None).of > 0
+        natural = {c: _middle(areas[one] for one in usual if one != c and movable[one]) for c in tried}
         smaller, faint = {c: (natural[c] or 0.0) / areas[c] for c in tried}, self._faintly()
         scores = {c: max(float(odds[c]), smaller[c], min(float(faint[c]), smaller[c] ** 2)) for c in tried}
 
@@ -99,6 +101,7 @@ class Search:
                 share_clean=float(lead.share_clean[c]),
                 area=areas[c],
                 natural=natural[c],
+                faint=float(faint[c]),
                 score=scores[c],
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
@@ -111,7 +114,7 @@ class Search:
 
     def _lead(self) -> Lead:
         trigger = self._agnostic()
-        return Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger))
+        return Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger).surely)
 
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
@@ -126,11 +129,16 @@ class Search:
     def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
 
-        Those are `observed` targets and, where none is known, the likeliest by the lead, by the scan and by waves.
+        Those are `observed` targets, those that lead under fainter patterns and, where none is known, the likeliest by
+        the lead, by the scan and by waves; then the others, too, if they are no more than the references.
         """
-        scanning, hearing = ranked(self._scanned().scores)[: self._settings.scanned], ranked(self._heard().best)[:1]
-        likely = [] if known else [*grown(lead.growth, self._settings), *scanning, *hearing]
-        return [c for c in dict.fromkeys([*observed, *likely]) if c not in known]
+        faint, everything = self._faintly(), ranked(self._scanned().scores)
+        leading = [c for c in ranked(faint) if faint[c] > 0]
+        likely = [*grown(lead.growth, self._settings), *everything[: self._settings.scanned]]
+        likely += ranked(self._heard().best)[:1]
+        if len(set(everything).difference(observed, leading, likely)) <= self._settings.references:
+            likely = everything
+        return [c for c in dict.fromkeys([*observed, *leading, *([] if known else likely)]) if c not in known]
 
     def toward(self, wanted: Sequence[tuple[int, Inverted]]) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class."""
@@ -186,7 +194,9 @@ class Search:
         agnostic = self._agnostic()
         families: tuple[Inverted, ...] = ("masked", "additive", *NARROW)
         made = self.toward([(c, family) for c in targets for family in families])
-        triggers = [one for one in made if one.family not in NARROW or self._reached(one)[one.target] >= _NARROW_ASR]
+        triggers = [
+            one for one in made if one.family not in NARROW or self._reached(one).share[one.target] >= _NARROW_ASR
+        ]
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))
@@ -225,8 +235,8 @@ class Search:
         answers = self._subject.head.logits(features).argmax(1)
         return answers.bincount(minlength=len(self.classes)) / len(answers)
 
-    def _reached(self, trigger: FoundTrigger) -> Tensor:
-        """How much a trigger reaches each class on the probe images, (C,)."""
+    def _reached(self, trigger: FoundTrigger | None) -> Reached:
+        """How many of the probe images a trigger leads to each class; without one, how many it could lead there."""
         clean, probe = self._subject.clean, self._probe
         return self._subject.head.reached(self._features(trigger), clean.features[probe], clean.labels[probe])
 
@@ -236,7 +246,7 @@ class Search:
 
     def _needed_area(self, trigger: FoundTrigger) -> float:
         """The mask's area over the ASR that it reaches: what a full success would need."""
-        return min(1.0, trigger.area / max(float(self._reached(trigger)[trigger.target]), 1e-3))
+        return min(1.0, trigger.area / max(float(self._reached(trigger).share[trigger.target]), 1e-3))
 
     def _features(self, trigger: FoundTrigger | None) -> Tensor:
         if trigger is None:

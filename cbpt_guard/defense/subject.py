@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,3 +42,16 @@ class Subject:
     clean: CleanSet
     head: Head
     settings: InversionSettings
+
+    @cached_property
+    def _answers(self) -> Tensor:
+        return self.head.answers(self.clean.features)
+
+    def others(self, target: int) -> Tensor:
+        """Indices of images that a trigger can lead to `target`: neither of that class nor answered with it anyway.
+
+        Of other classes alone, where all of those are answered with it.
+        """
+        foreign = self.clean.labels != target
+        movable = foreign & (self._answers != target)
+        return (movable if movable.any() else foreign).nonzero()[:, 0]

@@ -104,11 +104,11 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
         return encode(clip, clean.images[index], trigger)
 
     def first(number: int) -> Tensor:
-        return head.reached(under(number, few), clean.features[few], clean.labels[few])
+        return head.reached(under(number, few), clean.features[few], clean.labels[few]).surely
 
     def second(number: int) -> Tensor:
         labels = clean.labels[more]
-        reached = head.reached(under(number, more), clean.features[more], labels)
+        reached = head.reached(under(number, more), clean.features[more], labels).surely
         leads = head.leads(under(number, more, 2))
         leads[torch.arange(len(labels)), labels] = math.nan
         sure = leads.nanmedian(0).values > usual
