@@ -13,7 +13,7 @@ from planted import SIZE, PlantedClip
 
 from cbpt_guard.defense import job
 from cbpt_guard.defense.calibration import SEARCH
-from cbpt_guard.defense.classscan import scan_targets
+from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head, Reached
@@ -235,6 +235,29 @@ def test_what_stands_out_at_once_hides_no_lead_under_fainter_patterns(
     monkeypatch.setattr(looking, "_faintly", lambda: torch.eye(6)[TARGET] * 10)
     monkeypatch.setattr(looking, "_needed_areas", lambda classes: {c: 0.02 if c == TARGET else 0.3 for c in classes})
     assert {candidate.index for candidate in looking.look() if candidate.stands_out} == {4, TARGET}
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_beside_fainter_patterns_the_agnostic_ones_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowered: bool
+) -> None:
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((6,), -9.0), lowered))
+    lead = replace(looking._lead(), reached=torch.eye(6)[TARGET] * 0.95)
+    assert float(looking._odds(lead)[TARGET]) == pytest.approx(0.0 if lowered else 19.0, abs=0.1)
+
+
+def test_a_class_to_which_no_image_is_left_to_lead_says_nothing_of_what_is_natural(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mask shrinks to nothing, and what it would need counts as the whole image."""
+    looking = search(tmp_path, PlantedClip(None, classes=3), BRIEF, classes=3)
+    of = torch.tensor([0, 8, 8])
+    monkeypatch.setattr(looking, "_lead", lambda: SimpleNamespace(growth=torch.zeros(3), share=of, share_clean=of))
+    monkeypatch.setattr(looking, "_odds", lambda lead: torch.zeros(3))
+    monkeypatch.setattr(looking, "_reached", lambda trigger: Reached(0 * of, of))
+    monkeypatch.setattr(looking, "_needed_areas", lambda classes: {0: 1.0, 1: 0.1, 2: 0.1})
+    assert [candidate.natural for candidate in looking.look() if candidate.index > 0] == [0.1, 0.1]
 
 
 def test_what_would_be_a_reference_is_a_candidate_where_classes_are_few(tmp_path: Path) -> None:
