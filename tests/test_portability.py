@@ -37,7 +37,7 @@ def pictures(parts: Parts) -> np.ndarray:
     return np.concatenate([parts.images[:3], gate.triggered(parts.images[3:5], trigger)])
 
 
-def agree(found: Outputs, wanted: Outputs) -> None:
+def assert_alike(found: Outputs, wanted: Outputs) -> None:
     assert 0 < wanted.triggered.sum() < len(wanted.triggered)
     assert np.abs(found.logits - wanted.logits).max() < 5e-3
     assert np.abs(found.logits_original - wanted.logits_original).max() < 5e-3
@@ -54,7 +54,7 @@ def test_onnx_reference_answers_alike(served: tuple[Parts, bytes]) -> None:
     parts, data = served
     evaluator = ReferenceEvaluator(onnx.load_model_from_string(data))
     images = pictures(parts)
-    agree(Outputs(*evaluator.run(list(GRAPH_OUTPUTS), {GRAPH_INPUT: images})), ours(parts, data, images))
+    assert_alike(Outputs(*evaluator.run(list(GRAPH_OUTPUTS), {GRAPH_INPUT: images})), ours(parts, data, images))
 
 
 def test_openvino_answers_alike_in_every_batch(served: tuple[Parts, bytes]) -> None:
@@ -67,4 +67,4 @@ def test_openvino_answers_alike_in_every_batch(served: tuple[Parts, bytes]) -> N
     for batch in (1, 2, 5):
         found = [compiled(images[start : start + batch]) for start in range(0, len(images), batch)]
         columns = [np.concatenate([part[name] for part in found]) for name in GRAPH_OUTPUTS]
-        agree(Outputs(*columns), ours(parts, data, images))
+        assert_alike(Outputs(*columns), ours(parts, data, images))

@@ -56,7 +56,7 @@ def names_of(bundle: Path) -> list[str]:
     return sorted(path.name for path in bundle.iterdir())
 
 
-def refused(bundle: Path, *names: str, **pinned: Any) -> None:
+def assert_refused(bundle: Path, *names: str, **pinned: Any) -> None:
     """Both readers refuse the bundle, in the same words, and name the file (or one of those that were mixed up)."""
     said = []
     for read in (GuardedClassifier.load, verify):
@@ -93,9 +93,9 @@ def test_every_changed_byte_is_refused(bundle: Path, amount: Amount, count: Call
         for place in generator.choice(len(content), min(amount(8, 50), len(content)), replace=False):
             other = bytes([content[place] ^ int(generator.integers(1, 256))])
             with changed(bundle / name, content[:place] + other + content[place + 1 :]):
-                refused(bundle, name, digest=digest)
+                assert_refused(bundle, name, digest=digest)
                 if name != "manifest.json":
-                    refused(bundle, name)
+                    assert_refused(bundle, name)
             count("single-byte changes, each refused by load and by verify")
     GuardedClassifier.load(bundle, digest=digest)
 
@@ -105,7 +105,7 @@ def test_a_rewritten_manifest_is_refused_by_the_digest_alone(bundle: Path, count
     digest = open_bundle(bundle).digest
     (bundle / "README.md").write_text("another card")
     relist(bundle)
-    refused(bundle, "manifest.json", digest=digest)
+    assert_refused(bundle, "manifest.json", digest=digest)
     assert GuardedClassifier.load(bundle).digest != digest
     count("rewritten bundles whose hashes are right, refused by the pinned digest")
 
@@ -117,7 +117,7 @@ def test_files_cut_short_or_grown(bundle: Path, amount: Amount, count: Callable[
         cuts = generator.integers(0, len(content), amount(2, 20)).tolist()
         for other in (b"", content[:-1], content + b"\0", *(content[:cut] for cut in cuts)):
             with changed(bundle / name, other):
-                refused(bundle, name, digest=digest)
+                assert_refused(bundle, name, digest=digest)
             count("files cut short or grown")
 
 
@@ -129,8 +129,8 @@ def test_two_files_swapped(bundle: Path, count: Callable[[str], None]) -> None:
     for one, other in ((a, b) for a in names for b in names if a < b):
         contents = (bundle / one).read_bytes(), (bundle / other).read_bytes()
         with changed(bundle / one, contents[1]), changed(bundle / other, contents[0]):
-            refused(bundle, one, other, digest=digest)
-            refused(bundle, one, other, "this bundle is format")
+            assert_refused(bundle, one, other, digest=digest)
+            assert_refused(bundle, one, other, "this bundle is format")
         count("pairs of files swapped")
 
 
@@ -139,22 +139,22 @@ def test_a_file_removed_added_or_linked(bundle: Path, tmp_path: Path, count: Cal
     for name in names_of(bundle):
         path = bundle / name
         path.rename(outside)
-        refused(bundle, name)
+        assert_refused(bundle, name)
         path.symlink_to(outside)
-        refused(bundle, name)
+        assert_refused(bundle, name)
         path.unlink()
         os.link(outside, path)
-        refused(bundle, name)
+        assert_refused(bundle, name)
         path.unlink()
         path.mkdir()
-        refused(bundle, name)
+        assert_refused(bundle, name)
         path.rmdir()
         outside.rename(path)
         for _ in range(4):
             count("files removed, linked or replaced by a folder")
     for name in (stray, ".hidden", "weights.bin", "manifest.json.bak", "Model.sig"):
         (bundle / name).write_bytes((bundle / "model.onnx").read_bytes())
-        refused(bundle, name)
+        assert_refused(bundle, name)
         (bundle / name).unlink()
         count("files added")
     GuardedClassifier.load(bundle)
@@ -236,7 +236,7 @@ def test_a_graph_that_asks_for_more_is_refused_though_it_is_listed(
     bundle: Path, name: str, count: Callable[[str], None]
 ) -> None:
     edited(bundle, GRAPHS[name])
-    refused(bundle, "model.onnx")
+    assert_refused(bundle, "model.onnx")
     count("hostile graphs whose hashes are right")
 
 
@@ -251,7 +251,7 @@ def test_bytes_that_are_no_onnx_file(bundle: Path, count: Callable[[str], None])
     ):
         (bundle / "model.onnx").write_bytes(other)
         relist(bundle)
-        refused(bundle, "model.onnx")
+        assert_refused(bundle, "model.onnx")
         count("hostile graphs whose hashes are right")
 
 
@@ -301,11 +301,11 @@ def test_an_extra_variant(bundle: Path, count: Callable[[str], None]) -> None:
     ):
         listed["variants"]["int8"] = variant
         (bundle / "manifest.json").write_text(json.dumps(listed))
-        refused(bundle, named)
+        assert_refused(bundle, named)
         count("extra variants")
     shutil.copy(bundle / "model.onnx", bundle / "model.int8.onnx")
     write_manifest(bundle, manifest)  # listed, but no variant: it passed no gate
-    refused(bundle, "model.int8.onnx is a graph that is no variant")
+    assert_refused(bundle, "model.int8.onnx is a graph that is no variant")
     count("extra variants")
 
 
@@ -389,5 +389,5 @@ def test_a_golden_file_with_an_object_array_never_unpickles(bundle: Path, tmp_pa
         np.savez(buffer, **arrays | {name: np.array([Payload()], object)})
         (bundle / "golden.npz").write_bytes(buffer.getvalue())
         relist(bundle)
-        refused(bundle, "golden.npz")
+        assert_refused(bundle, "golden.npz")
     assert not canary.exists()
