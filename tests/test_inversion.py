@@ -15,7 +15,7 @@ from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
 from torch import Tensor
 
-from cbpt_guard.defense.classscan import Scanned, scan_targets
+from cbpt_guard.defense.classscan import scan_targets
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
@@ -303,18 +303,17 @@ def test_where_every_class_is_reached_the_scan_takes_fainter_patterns(target: in
     scanned = scan_targets(PlantedClip(target).subject(settings), generator(0, "scan"), told.append)
     stages = ["scan of every class", "scan of its leaders", "scan at 56.6 levels", "scan at 40.0 levels"]
     assert list(dict.fromkeys(step.stage for step in told)) == stages
-    again = Scanned.unpacked(scanned.packed())
-    assert torch.equal(again.scores, scanned.scores)
-    assert again.lowered
-    assert scanned.lowered
-    leads = faintly(scanned.scores, settings)
+    assert scanned.by_height.shape == (3, 6)
+    leads = faintly(scanned.fainter, settings)
     assert [c for c in range(6) if leads[c] > 0] == ([] if target is None else [target])
 
 
-def test_where_no_height_tells_anything_the_first_scan_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_are_not_lowered_to_less_than_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cbpt_guard.defense.classscan.loud", lambda scores: True)
-    subject = PlantedClip(None).subject(InversionSettings(scan_steps=1, finalists=1))
-    assert not scan_targets(subject, generator(0, "scan"), silent).lowered
+    subject = PlantedClip(None).subject(InversionSettings(epsilon=4 / 255, scan_steps=1, finalists=1))
+    told: list[Step] = []
+    assert len(scan_targets(subject, generator(0, "scan"), told.append).fainter) == 4
+    assert told[-1].stage == "scan at 1.0 levels"
 
 
 def test_no_image_of_the_target_is_drawn() -> None:
@@ -374,7 +373,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
     works: dict[str, Callable[[], list[Tensor]]] = {
         "features": lambda: [encode(clip, images)],
         "agnostic": lambda: [invert_agnostic(subject, generator(0, "a"), silent).pattern],
-        "scan": lambda: [scan_targets(subject, generator(0, "s"), silent).packed()],
+        "scan": lambda: [scan_targets(subject, generator(0, "s"), silent).by_height],
         "waves": lambda: [listen(subject, generator(0, "w"), silent).packed()],
         **{
             family: lambda make=make: [t for t in vars(make(generator(0, "m"), silent)).values() if torch.is_tensor(t)]  # type: ignore[misc]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ SETTINGS = SearchSettings()
     ],
 )
 def test_leaders_of_the_scan_are_ahead_of_the_rest(odds: list[float], wanted: dict[int, float]) -> None:
-    found = ahead(torch.tensor(odds), SETTINGS)
+    found = ahead(torch.tensor(odds).clamp(1, 10), SETTINGS.stands_out, SETTINGS.candidates)
     assert found.tolist() == pytest.approx([wanted.get(c, 0.0) for c in range(6)])
 
 
@@ -39,9 +41,26 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class() -> None:
 
 
 def test_under_fainter_patterns_less_is_enough_to_be_ahead() -> None:
-    found = faintly(scores(0.1, 1.2, 0.28, 0.04, 0.02, 0.0), SETTINGS)
-    assert found.tolist() == pytest.approx([0, 1.2 / 0.28, 0, 0, 0, 0], rel=1e-4)
-    assert not faintly(scores(0.1, 0.9, 0.2, 0.04, 0.02, 0.0), SETTINGS).any(), "but it must be likelier than not"
+    found = faintly(scores(0.1, 4.8, 0.28, 0.04, 0.02, 0.0)[None], SETTINGS)
+    assert found.tolist() == pytest.approx([0, math.sqrt(4.8 / 0.28), 0, 0, 0, 0], rel=1e-4)
+    assert not faintly(scores(0.1, 3.9, 0.2, 0.04, 0.02, 0.0)[None], SETTINGS).any(), "but it must be likelier than not"
+
+
+def test_the_lead_of_a_clean_model_is_not_enough() -> None:
+    """Of ten classes "airplane" leads at most heights; nearly five times at most."""
+    assert not faintly(scores(3.41, 0.71, 0.21, 0.2, 0.1, 0.1)[None], SETTINGS).any()
+
+
+def test_a_lead_counts_at_the_height_where_it_is_largest() -> None:
+    """A patch on ten classes: at the faintest patterns it is lost."""
+    heights = [
+        scores(60.0, 0.9, 3.0, 2.0, 1.0, 1.0),
+        scores(5.0, 0.5, 0.7, 0.2, 0.1, 0.1),
+        scores(0.2, 0.2, 0.3, 0.1, 0.1, 0.0),
+    ]
+    found = faintly(torch.stack(heights), SETTINGS)
+    assert found.tolist() == pytest.approx([math.sqrt(60 / 3), 0, 0, 0, 0, 0], rel=1e-3)
+    assert not faintly(torch.zeros(0, 6), SETTINGS).any()
 
 
 def scores(*odds: float) -> Tensor:

@@ -26,49 +26,46 @@ _LEAST = 0.99 / 255  # below one level, and what rounding makes of it, a pattern
 
 @dataclass(frozen=True)
 class Scanned:
-    """How readily additive patterns make each class the answer: scores (C,), larger is readier.
+    """How readily additive patterns make each class the answer, at one height after the other.
 
-    A score is the mean log-probability of the class, in nats. `lowered`: whether the patterns were of less than the
-    settings' `epsilon`.
+    `by_height` (H, C): the scores under patterns of the settings' `epsilon`, then under fainter ones, if those were
+    looked at. A score is the mean log-probability of the class, in nats; larger is readier.
     """
 
-    scores: Tensor
-    lowered: bool
+    by_height: Tensor
 
-    @classmethod
-    def unpacked(cls, tensor: Tensor) -> Scanned:
-        """As `packed` made it, (1 + C,)."""
-        return cls(tensor[1:], bool(tensor[0]))
+    @property
+    def scores(self) -> Tensor:
+        """Those of the faintest patterns, (C,)."""
+        return self.by_height[-1]
 
-    def packed(self) -> Tensor:
-        """One tensor (1 + C,), for the journal."""
-        return torch.cat([torch.tensor([float(self.lowered)]), self.scores])
+    @property
+    def fainter(self) -> Tensor:
+        """Those of each height below the settings', (H - 1, C)."""
+        return self.by_height[1:]
 
 
 def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Scanned:
-    """A score for each class, under patterns of at most the settings' `epsilon`, or of less where that tells nothing.
+    """Scores of each class, under patterns of at most the settings' `epsilon`, and of less where that tells nothing.
 
     Each class gets its share of `scan_budget` images, at least `scan_images` a step. The first `finalists`
     are looked at once more, with twice the steps and half a batch of images each: after the first heat a target may lie
     some places behind natural leaders. Where even the class of middle rank is reached, as with few classes, all get
     twice the steps, on half a batch of images each at most, with fainter and fainter patterns until it is not: what is
-    planted is reached by far less. If no height is low enough the first scores stand.
+    planted is reached by far less.
     """
     classes, settings, epsilon = len(subject.head.rows), subject.settings, subject.settings.epsilon
     everything, each = torch.arange(classes), scan_images(classes, settings)
-    steps, more = 2 * settings.scan_steps, max(each, settings.batch // 2)
+    steps, few = 2 * settings.scan_steps, settings.batch // 2
     heat = partial(_heat, subject, generator, progress)
     first = heat("scan of every class", everything, epsilon, settings.scan_steps, each)
     finalists = first.topk(min(settings.finalists, classes)).indices
-    first[finalists] = heat("scan of its leaders", finalists, epsilon, steps, more)
-    scores = first
-    while loud(scores):
+    first[finalists] = heat("scan of its leaders", finalists, epsilon, steps, max(each, few))
+    by_height = [first]
+    while loud(by_height[-1]) and epsilon >= math.sqrt(2) * _LEAST:
         epsilon /= math.sqrt(2)
-        if epsilon < _LEAST:
-            return Scanned(first, lowered=False)
-        stage, few = f"scan at {255 * epsilon:.1f} levels", min(each, settings.batch // 2)
-        scores = heat(stage, everything, epsilon, steps, few)
-    return Scanned(scores, lowered=epsilon < settings.epsilon)
+        by_height.append(heat(f"scan at {255 * epsilon:.1f} levels", everything, epsilon, steps, min(each, few)))
+    return Scanned(torch.stack(by_height))
 
 
 def scan_images(classes: int, settings: InversionSettings) -> int:

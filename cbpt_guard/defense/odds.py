@@ -37,7 +37,8 @@ def loud(scores: Tensor) -> bool:
 def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor:
     """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
 
-    Not at all where the scan is loud.
+    Not at all where the scan is loud. Natural leaders may be far ahead of a rest that is not reached at all, so the
+    rest counts as reached as often as not.
 
     Args:
         reached: the share of images that the agnostic trigger leads to each class, (C,).
@@ -46,25 +47,36 @@ def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor
     """
     if loud(scores):
         return torch.zeros_like(reached)
-    return torch.maximum(odds_of(reached), ahead(odds_of(scores.exp()), settings))
+    scanned = ahead(odds_of(scores.exp()).clamp(1, _SURE), settings.stands_out, settings.candidates)
+    return torch.maximum(odds_of(reached), scanned)
 
 
-def faintly(scores: Tensor, settings: SearchSettings) -> Tensor:
-    """How far a scan with patterns just faint enough puts each class ahead, (C,), given its scores (C,) in nats."""
-    return ahead(odds_of(scores.exp()), settings, least=1 / settings.stands_out)
+def faintly(fainter: Tensor, settings: SearchSettings) -> Tensor:
+    """The root of how far a scan with fainter patterns puts each class ahead, (C,), where it is furthest.
 
+    The root, since a clean model's class may lead several times by the luck of a draw. Any height counts: a patch needs
+    contrast and is lost at heights where warps and blends still lead.
 
-def ahead(odds: Tensor, settings: SearchSettings, least: float = 1.0) -> Tensor:
-    """How far a few leaders of the scan are ahead of the rest, (C,): their odds (C,) over the best of the rest, else 0.
-
-    As many are leaders as there can be while the last of them is `stands_out` times ahead. The rest counts as `least`
-    where it is reached less: natural leaders may be far ahead of a rest that is not reached at all. Where patterns were
-    lowered until the middle class is hardly reached, the rest says more, and `least` may be less.
+    Args:
+        fainter: the scores at each height, (H, C) in nats.
+        settings: what stands out.
     """
-    ranking, found, odds = ranked(odds), torch.zeros_like(odds), odds.clamp(least, _SURE)
-    for count in range(1, min(settings.candidates, len(ranking) - 1) + 1):
+    leads = [
+        ahead(odds_of(scores.exp()).clamp(min=1 / settings.stands_out), settings.stands_out**2, settings.candidates)
+        for scores in fainter
+    ]
+    return torch.stack(leads).amax(0).sqrt() if leads else fainter.new_zeros(fainter.shape[1])
+
+
+def ahead(odds: Tensor, times: float, most: int) -> Tensor:
+    """How far a few leaders are ahead of the rest, (C,): their odds (C,) over the best of the rest, else 0.
+
+    As many are leaders as there can be, `most` at most, while the last of them is so many `times` ahead.
+    """
+    ranking, found = ranked(odds), torch.zeros_like(odds)
+    for count in range(1, min(most, len(ranking) - 1) + 1):
         leaders, best = ranking[:count], odds[ranking[count]]
-        if odds[leaders[-1]] >= settings.stands_out * best:
+        if odds[leaders[-1]] >= times * best:
             found[leaders] = odds[leaders] / best
     return found
 

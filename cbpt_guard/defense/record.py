@@ -43,10 +43,10 @@ class Candidate(_Frozen):
     """A possible target: its share of the answers under the agnostic trigger and on clean images.
 
     `area` is the part of the image that its masked trigger needs, `natural` what classes of middle rank need, or, where
-    every class is a candidate, the others; None where there is none to compare with. `faint` is how far a scan with
-    fainter patterns puts it ahead, 0 where it does not. `score` is what `stands_out` compares: the odds of the class
-    under the agnostic trigger or a plain wave, how far the scan puts it ahead, how many times less area it needs, or
-    the lesser of `faint` and the square of that; the largest of them.
+    every class is a candidate, the others; None where there is none to compare with. `faint` is the root of how far a
+    scan with fainter patterns puts it ahead, 0 where that is not enough to stand out. `score` is what `stands_out`
+    compares: the odds of the class under the agnostic trigger or a plain wave, how far the scan puts it ahead, how many
+    times less area it needs, or the lesser of `faint` and the square of that; the largest of them.
     """
 
     label: str

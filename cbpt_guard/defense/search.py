@@ -118,13 +118,12 @@ class Search:
 
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
-        scanned, waves = self._scanned(), odds_of(self._heard().told)
-        return waves if scanned.lowered else torch.maximum(at_once(lead.reached, scanned.scores, self._settings), waves)
+        at_height, waves = self._scanned().by_height[0], odds_of(self._heard().told)
+        return torch.maximum(at_once(lead.reached, at_height, self._settings), waves)
 
     def _faintly(self) -> Tensor:
-        """How far each class is ahead under the fainter patterns of a scan, if there was one, (C,)."""
-        scanned = self._scanned()
-        return faintly(scanned.scores, self._settings) if scanned.lowered else torch.zeros_like(scanned.scores)
+        """The root of how far each class is ahead under the fainter patterns of a scan, if there were any, (C,)."""
+        return faintly(self._scanned().fainter, self._settings)
 
     def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
@@ -227,7 +226,7 @@ class Search:
     def _scanned(self) -> Scanned:
         draws = generator(self._seed, "scan")
         make = partial(scan_targets, self._subject, draws, self._progress)
-        return Scanned.unpacked(self._journal.tensor("scan", lambda: make().packed()))
+        return Scanned(self._journal.tensor("scan", lambda: make().by_height))
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""
