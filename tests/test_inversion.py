@@ -304,7 +304,7 @@ def test_where_every_class_is_reached_the_scan_takes_fainter_patterns(target: in
     stages = ["scan of every class", "scan of its leaders", "scan at 56.6 levels", "scan at 40.0 levels"]
     assert list(dict.fromkeys(step.stage for step in told)) == stages
     assert scanned.by_height.shape == (3, 6)
-    leads = faintly(scanned.fainter, settings)
+    leads = faintly(scanned.by_height, settings)
     assert [c for c in range(6) if leads[c] > 0] == ([] if target is None else [target])
 
 
@@ -312,7 +312,7 @@ def test_patterns_are_not_lowered_to_less_than_a_level(monkeypatch: pytest.Monke
     monkeypatch.setattr("cbpt_guard.defense.classscan.loud", lambda scores: True)
     subject = PlantedClip(None).subject(InversionSettings(epsilon=4 / 255, scan_steps=1, finalists=1))
     told: list[Step] = []
-    assert len(scan_targets(subject, generator(0, "scan"), told.append).fainter) == 4
+    assert len(scan_targets(subject, generator(0, "scan"), told.append).by_height) == 5
     assert told[-1].stage == "scan at 1.0 levels"
 
 

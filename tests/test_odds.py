@@ -40,27 +40,39 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class() -> None:
     assert at_once(reached, quiet, SETTINGS)[0] > 10
 
 
-def test_under_fainter_patterns_less_is_enough_to_be_ahead() -> None:
-    found = faintly(scores(0.1, 4.8, 0.28, 0.04, 0.02, 0.0)[None], SETTINGS)
+LOUD = [2.0] * 6
+
+
+def test_under_fainter_patterns_a_lead_counts_by_its_root() -> None:
+    found = faintly(heights(LOUD, [0.1, 4.8, 0.28, 0.04, 0.02, 0.0]), SETTINGS)
     assert found.tolist() == pytest.approx([0, math.sqrt(4.8 / 0.28), 0, 0, 0, 0], rel=1e-4)
-    assert not faintly(scores(0.1, 3.9, 0.2, 0.04, 0.02, 0.0)[None], SETTINGS).any(), "but it must be likelier than not"
+    faint = heights(LOUD, [0.1, 3.9, 0.2, 0.04, 0.02, 0.0])
+    assert not faintly(faint, SETTINGS).any(), "classes that are hardly reached count as reached in one image of five"
 
 
 def test_the_lead_of_a_clean_model_is_not_enough() -> None:
     """Of ten classes "airplane" leads at most heights; nearly five times at most."""
-    assert not faintly(scores(3.41, 0.71, 0.21, 0.2, 0.1, 0.1)[None], SETTINGS).any()
+    assert not faintly(heights(LOUD, [3.41, 0.71, 0.21, 0.2, 0.1, 0.1]), SETTINGS).any()
 
 
 def test_a_lead_counts_at_the_height_where_it_is_largest() -> None:
     """A patch on ten classes: at the faintest patterns it is lost."""
-    heights = [
-        scores(60.0, 0.9, 3.0, 2.0, 1.0, 1.0),
-        scores(5.0, 0.5, 0.7, 0.2, 0.1, 0.1),
-        scores(0.2, 0.2, 0.3, 0.1, 0.1, 0.0),
-    ]
-    found = faintly(torch.stack(heights), SETTINGS)
-    assert found.tolist() == pytest.approx([math.sqrt(60 / 3), 0, 0, 0, 0, 0], rel=1e-3)
-    assert not faintly(torch.zeros(0, 6), SETTINGS).any()
+    lost, most, less = [0.2, 0.2, 0.3, 0.1, 0.1, 0.0], [60.0, 0.9, 3.0, 2.0, 1.0, 1.0], [5.0, 0.5, 0.7, 0.2, 0.1, 0.1]
+    wanted = pytest.approx([math.sqrt(60 / 3), 0, 0, 0, 0, 0], rel=1e-3)
+    assert faintly(heights(LOUD, most, less, lost), SETTINGS).tolist() == wanted
+    assert faintly(heights(most, less, lost), SETTINGS).tolist() == wanted, "the settings' own height is one of them"
+    assert not faintly(heights(lost), SETTINGS).any(), "a scan that is not loud is told from by other rules"
+
+
+def test_most_classes_are_no_leaders() -> None:
+    """One class that is hard to reach makes no suspects of the others."""
+    assert not ahead(torch.tensor([90.0, 80.0, 1.0]), 4.0, 3).any()
+    assert ahead(torch.tensor([90.0, 80.0, 1.0, 1.0]), 4.0, 3).tolist() == [90, 80, 0, 0]
+
+
+def heights(*odds: list[float]) -> Tensor:
+    """Of scans with those odds."""
+    return torch.stack([scores(*each) for each in odds])
 
 
 def scores(*odds: float) -> Tensor:

@@ -28,21 +28,16 @@ _LEAST = 0.99 / 255  # below one level, and what rounding makes of it, a pattern
 class Scanned:
     """How readily additive patterns make each class the answer, at one height after the other.
 
-    `by_height` (H, C): the scores under patterns of the settings' `epsilon`, then under fainter ones, if those were
-    looked at. A score is the mean log-probability of the class, in nats; larger is readier.
+    `by_height` (H, C): scores under patterns of the settings' `epsilon`, then, where those reach every class, under
+    fainter ones. A score is the mean log-probability of the class, in nats; larger is readier.
     """
 
     by_height: Tensor
 
     @property
     def scores(self) -> Tensor:
-        """Those of the faintest patterns, (C,)."""
-        return self.by_height[-1]
-
-    @property
-    def fainter(self) -> Tensor:
-        """Those of each height below the settings', (H - 1, C)."""
-        return self.by_height[1:]
+        """The mean over the heights, (C,): what is planted may be reached readily at some and lost at others."""
+        return self.by_height.mean(0)
 
 
 def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Scanned:

@@ -11,7 +11,7 @@ PROBE = 512
 """Images on which shares and found-trigger ASRs are read: a standard error of 2 points at most."""
 
 _LOUD = 0.1  # odds of the scan's middle class from which its leaders say nothing: of ten classes 0.3 to 50, of 200 ~0
-_SURE = 10.0  # odds of the scan above which there is nothing to compare
+_SURE = 10.0  # odds of a scan that is not loud above which there is nothing to compare
 
 
 def odds_of(share: Tensor) -> Tensor:
@@ -51,30 +51,32 @@ def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor
     return torch.maximum(odds_of(reached), scanned)
 
 
-def faintly(fainter: Tensor, settings: SearchSettings) -> Tensor:
-    """The root of how far a scan with fainter patterns puts each class ahead, (C,), where it is furthest.
+def faintly(by_height: Tensor, settings: SearchSettings) -> Tensor:
+    """The root of how far a scan with fainter patterns, too, puts each class ahead, (C,), where it is furthest.
 
     The root, since a clean model's class may lead several times by the luck of a draw. Any height counts: a patch needs
-    contrast and is lost at heights where warps and blends still lead.
+    contrast and is lost at heights where warps and blends still lead. Not at all where the scan is not loud.
 
     Args:
-        fainter: the scores at each height, (H, C) in nats.
+        by_height: the scores at each height, the greatest first, (H, C) in nats.
         settings: what stands out.
     """
+    if not loud(by_height[0]):
+        return torch.zeros_like(by_height[0])
     leads = [
         ahead(odds_of(scores.exp()).clamp(min=1 / settings.stands_out), settings.stands_out**2, settings.candidates)
-        for scores in fainter
+        for scores in by_height
     ]
-    return torch.stack(leads).amax(0).sqrt() if leads else fainter.new_zeros(fainter.shape[1])
+    return torch.stack(leads).amax(0).sqrt()
 
 
 def ahead(odds: Tensor, times: float, most: int) -> Tensor:
     """How far a few leaders are ahead of the rest, (C,): their odds (C,) over the best of the rest, else 0.
 
-    As many are leaders as there can be, `most` at most, while the last of them is so many `times` ahead.
+    As many are leaders as there can be, `most` and half of all at most, while the last is so many `times` ahead.
     """
     ranking, found = ranked(odds), torch.zeros_like(odds)
-    for count in range(1, min(most, len(ranking) - 1) + 1):
+    for count in range(1, min(most, len(ranking) // 2) + 1):
         leaders, best = ranking[:count], odds[ranking[count]]
         if odds[leaders[-1]] >= times * best:
             found[leaders] = odds[leaders] / best

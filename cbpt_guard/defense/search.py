@@ -77,8 +77,9 @@ class Search:
 
         A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, or if a
         short scan of every class reaches it far more readily than the rest; else if it needs far less area than
-        classes of middle rank do. Where a scan took fainter patterns a class stands out by both: a lead in it, which a
-        clean model's class may have by the luck of a draw, and an area that is less by the root of what is asked for.
+        classes of middle rank do. Where a scan took fainter patterns a class stands out by both: a lead in it that is
+        the square of what is asked for, since a clean model's class may have some by the luck of a draw, and an area
+        that is less by the root of it.
         """
         lead = self._lead()
         odds = self._odds(lead)
@@ -122,8 +123,8 @@ class Search:
         return torch.maximum(at_once(lead.reached, at_height, self._settings), waves)
 
     def _faintly(self) -> Tensor:
-        """The root of how far each class is ahead under the fainter patterns of a scan, if there were any, (C,)."""
-        return faintly(self._scanned().fainter, self._settings)
+        """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
+        return faintly(self._scanned().by_height, self._settings)
 
     def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.

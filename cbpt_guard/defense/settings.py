@@ -59,7 +59,7 @@ class SearchSettings(_Frozen):
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
-    stands_out: Positive = 4.0
+    stands_out: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.0
 
 
 class InversionSettings(SearchSettings):
