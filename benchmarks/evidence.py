@@ -34,7 +34,7 @@ from cbpt_guard.bench.table import joined, table, tame_text
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
-ABLATIONS = HERE / "ablations"
+ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
 ROAD = HERE / "road.jsonl"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
@@ -78,11 +78,19 @@ def parts(lines: list[Line]) -> dict[str, str]:
     own = [line for line in lines if line.dataset == DEVELOPED_WITH]
     return {
         "summary": summary(lines),
-        "progress": progress(lines, Plan.read(PLAN)),
+        "progress": "\n\n".join(
+            progress(found, asked)
+            for found, asked in (
+                (lines, PLAN),
+                (adaptive, ADAPTIVE_PLAN),
+                (committed(ABLATIONS, ABLATIONS_PLAN), ABLATIONS_PLAN),
+            )
+        ),
         "bars": bars(lines),
         "limits": limits(own),
         "apart": apart(own, SEEN),
         "verdicts": verdicts([*lines, *adaptive]),
+        "verdicts by the paper's rule": verdicts([*lines, *adaptive], "cbpt-prompts"),
         "adaptive": table(adaptive),
         "table": table(lines),
         "reads": reads(),
@@ -102,8 +110,9 @@ def reads() -> str:
     )
 
 
-def progress(lines: Sequence[Line], plan: Plan) -> str:
-    """How much of the plan is measured, with today's settings, suspect by suspect."""
+def progress(lines: Sequence[Line], asked_in: Path) -> str:
+    """How much of a plan is measured, with today's settings, suspect by suspect."""
+    plan = Plan.read(asked_in)
     measured = {line.key for line in lines if line.settings == plan.settings(line.key)}
     asked: dict[str, list[Key]] = {}
     for group in plan.groups():
@@ -118,7 +127,8 @@ def progress(lines: Sequence[Line], plan: Plan) -> str:
     }
     parts = [f"{what}: {', '.join(units)}." for what, units in told.items() if units]
     total = sum(map(len, asked.values()))
-    return " ".join([f"Of the {total} lines that the plan asks for {sum(done.values())} are measured.", *parts])
+    told_of = f"Of the {total} lines that `{asked_in.name}` asks for {sum(done.values())} are measured."
+    return " ".join([told_of, *parts])
 
 
 def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:

@@ -145,6 +145,8 @@ def test_verdicts_against_the_truth() -> None:
     assert "| unverified | 0 | 1 |" in text
     assert "said once above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
     assert "said 0 times above an ASR of 5 %, and of 2 of 2 runs" in verdicts(runs[:2])
+    other = [run.model_copy(update={"defense": "cbpt-prompts"}) for run in runs[:3]]
+    assert "said once above an ASR of 5 % (wanet), and of 2 of 2 runs" in verdicts([*runs, *other], "cbpt-prompts")
 
 
 def test_exactly_two_points_lost_are_no_failure_in_floating_point() -> None:

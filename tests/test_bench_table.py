@@ -229,13 +229,16 @@ def test_of_several_pairs_the_worst_is_shown_beside_the_mean() -> None:
 
 def test_the_sanity_sentence_counts_what_holds() -> None:
     same = Shares(**(dict(line().undefended) | {"asr": 0.01}))
-    off = line(attack="off", asr=0.01, undefended=same)
-    text = table([line(), off])
+    sha = "0" * 64
+    off = line(attack="off", asr=0.01, undefended=same, suspect_sha256=sha)
+    text = table([line(suspect_sha256=sha), off])
     assert "false-positive rate in 1 of 1 lines" in text
-    assert "undefended shares exactly in 2 of 2 lines" in text
-    text = table([line(), line(seed=1, ca=0.51), off, line(attack="off", seed=1, asr=0.02, undefended=same)])
+    assert "undefended shares exactly in 2 of 2 lines." in text
+    moved = line(seed=1, ca=0.51, suspect_sha256=sha)
+    older = line(attack="off", seed=1, asr=0.02, undefended=same)
+    text = table([line(suspect_sha256=sha), moved, off, older])
     assert "false-positive rate in 1 of 2 lines" in text
-    assert "undefended shares exactly in 2 of 4 lines" in text
+    assert "undefended shares exactly in 2 of 3 lines (1 older ones name no checkpoint" in text
 
 
 def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:

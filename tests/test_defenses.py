@@ -227,14 +227,38 @@ def test_coop_shares_one_context_over_all_classes(task: Task) -> None:
     assert bool((moved > 1e-4).all())
 
 
-def test_coop_and_class_wise_prompts_differ_in_the_sharing(task: Task) -> None:
-    """One step from the same words on the same images: only CoOp's contexts stay alike."""
-    data = FeatureSet(shot_features(task), torch.zeros(0, 80, 64), task.shots.labels)
-    one = TuningSettings(epochs=1, batch=80)
-    class_wise = tuned_prompts(task, data, [0.01], one, lambda head: 0.0).head.rows
-    together = coop(task, CoopSettings(epochs=1, batch=80, learning_rates=(0.1,), held_out=0))
-    rows = together.answer(torch.eye(64)).logits.T / task.original.scale
-    assert not torch.allclose(rows, class_wise, atol=1e-3)
+class ContextOfEachClass(SharedContext):
+    """CoOp's context without the sharing."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.context = self._copies
+
+    def backward(self, gradient: Tensor) -> None:
+        self.context.grad = None
+        self._prompts.backward(gradient)
+
+
+def test_what_coop_shares_is_what_it_learns_otherwise(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the sharing classes' contexts part, and the loss from the second epoch on is another, and lower."""
+    made: list[SharedContext] = []
+    losses: dict[type[SharedContext], list[float]] = {SharedContext: [], ContextOfEachClass: []}
+    for kind, told in losses.items():
+
+        def recorded(task: Task, kind: type[SharedContext] = kind) -> SharedContext:
+            made.append(kind(task))
+            return made[-1]
+
+        monkeypatch.setattr("cbpt_guard.bench.coop.SharedContext", recorded)
+        watched = replace(task, progress=lambda step, told=told: told.append(step.loss))  # type: ignore[misc]
+        coop(watched, CoopSettings(epochs=4, batch=80, learning_rates=(0.1,), held_out=0))
+    (shared, own), started = made, SharedContext(task).context
+    assert torch.equal(shared._copies, shared.context.expand_as(shared._copies))
+    assert not torch.allclose(shared.context, started, atol=1e-4), "it has learnt"
+    assert not torch.allclose(own.context[0], own.context[1], atol=1e-4)
+    together, apart = losses.values()
+    assert together[0] == pytest.approx(apart[0]), "both begin with the same words"
+    assert apart[-1] < 0.999 * together[-1]
 
 
 def test_the_epoch_is_chosen_on_held_out_shots(task: Task) -> None:

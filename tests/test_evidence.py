@@ -102,9 +102,9 @@ def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, 
     plan = Plan.read(evidence.PLAN)
     asked = [key for group in plan.groups() if group.unit == "triangles" for key in plan.keys(group, "test")]
     lines = [line(**key._asdict(), settings=plan.settings(key)) for key in asked]
-    assert " Whole: triangles. Not yet: badnet, blended, " in evidence.progress(lines, plan)
+    assert " Whole: triangles. Not yet: badnet, blended, " in evidence.progress(lines, evidence.PLAN)
     stale = [lines[0].model_copy(update={"settings": "old"}), *lines[1:]]
-    told = evidence.progress(stale, plan)
+    told = evidence.progress(stale, evidence.PLAN)
     assert f"are measured. In part: triangles ({len(asked) - 1} of {len(asked)}). Not yet: " in told
     assert f" {len(asked) - 1} are measured" in told
 

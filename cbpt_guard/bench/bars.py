@@ -213,10 +213,15 @@ def _one_digit(number: float) -> str:
     return f"{round(number, 1) + 0.0:.1f}"  # -0.04 is shown as 0.0
 
 
-def verdicts(lines: Sequence[Line]) -> str:
-    """Markdown: how often CBPT's verdict was said of runs that succeeded and of runs that did not."""
+def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
+    """Markdown: how often CBPT's verdict was said of runs that succeeded and of runs that did not.
+
+    `defense` is CBPT by either rule.
+    """
     runs = [
-        line for line in lines if line.defense == OURS and line.took is not False and line.attack not in (OFF, CONTROL)
+        line
+        for line in lines
+        if line.defense == defense and line.took is not False and line.attack not in (OFF, CONTROL)
     ]
     if not runs:
         return "No run has been measured yet."

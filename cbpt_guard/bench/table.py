@@ -188,11 +188,14 @@ def _sanity(lines: Sequence[Line]) -> str:
     off = [line for line in lines if line.attack == OFF]
     kept = sum(line.asr == line.false_positives for line in off)
     untouched = [line for line in lines if line.defense == UNTOUCHED]
-    same = sum(all(getattr(line, name) == value for name, value in line.undefended) for line in untouched)
+    known = [line for line in untouched if line.suspect_sha256 is not None]
+    same = sum(all(getattr(line, name) == value for name, value in line.undefended) for line in known)
+    older = len(untouched) - len(known)
     return (
         "Sanity: with triggers switched off ASR equals the target's false-positive rate "
         f"in {kept} of {len(off)} lines; the defence that touches nothing repeats the undefended "
-        f"shares exactly in {same} of {len(untouched)} lines."
+        f"shares exactly in {same} of {len(known)} lines"
+        + (f" ({older} older ones name no checkpoint; of them this says nothing)." if older else ".")
     )
 
 
