@@ -346,6 +346,22 @@ def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, obj
     assert not triggered.allclose(features, atol=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_kept_features_are_those_of_the_image_in_any_batch(
+    config: dict[str, object], kind: torch.dtype, close: float
+) -> None:
+    clip = frozen(config)
+    clip.encoder.to(kind)
+    shape = (12, 3, clip.image_size, clip.image_size)
+    pixels = torch.rand(shape, dtype=kind, generator=generator(0, "pixels"))
+    kept = torch.cat([clip.encode_images(part) for part in pixels.split(5)])
+    alone = torch.cat([clip.encode_images(pixel[None]) for pixel in pixels])
+    assert kept.dtype == kind
+    assert kept.allclose(alone, atol=close, rtol=0)
+    assert not kept[0].allclose(alone[1], atol=10 * close, rtol=0), "the pixels tell"
+
+
 def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: parts run side by side on a thread each, and all that is drawn is drawn before."""
     clip, threads = frozen(RESNET), torch.get_num_threads()

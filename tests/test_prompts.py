@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,34 @@ def test_two_passes_equal_plain_autograd(typed: FrozenClip, chunk: int, tuned: T
     assert wanted.abs().max() > 1e-3
     assert (loss - plain).detach().abs() <= EXACT[dtype]
     assert (learnt.grad - wanted).abs().max() <= EXACT[dtype]
+
+
+def test_what_a_gradient_holds_does_not_grow_with_the_classes(clip: FrozenClip) -> None:
+    def most(classes: int, chunk: int) -> int:
+        prompts = ClassPrompts(clip, NAMES[:2] * (classes // 2), TEMPLATE, torch.arange(classes), chunk)
+        return most_held(lambda: prompts.backward(torch.ones_like(prompts.rows())))
+
+    assert most(64, chunk=8) == most(8, chunk=8) > 0
+    assert most(64, chunk=64) > 3 * most(64, chunk=8), "the count can tell"
+
+
+def most_held(work: Callable[[], object]) -> int:
+    """The most bytes that graphs held at a time for their way back."""
+    held = [0]
+
+    class Kept:
+        """A tensor that a graph holds."""
+
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+            held.append(held[-1] + value.nbytes)
+
+        def __del__(self) -> None:
+            held.append(held[-1] - self.value.nbytes)
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
+        work()
+    return max(held)
 
 
 def test_gradients_add_up_as_autograds_do(clip: FrozenClip) -> None:
