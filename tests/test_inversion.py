@@ -15,7 +15,7 @@ from planted import PlantedClip, frozen, snapshot
 from small_clips import RESNET, VIT
 from torch import Tensor
 
-from cbpt_guard.defense.classscan import scan_targets
+from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
@@ -306,6 +306,11 @@ def test_where_every_class_is_reached_the_scan_takes_fainter_patterns(target: in
     assert scanned.by_height.shape == (3, 6)
     leads = faintly(scanned.by_height, settings)
     assert [c for c in range(6) if leads[c] > 0] == ([] if target is None else [target])
+
+
+def test_classes_rank_by_all_heights_of_a_scan() -> None:
+    """The first is lost under the faintest patterns, as a patch is."""
+    assert Scanned(torch.tensor([[0.0, -3.0], [-0.1, -4.0], [-3.0, -2.0]])).scores.argmax() == 0
 
 
 def test_patterns_are_not_lowered_to_less_than_a_level(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def test_settings_survive_their_record() -> None:
         ('[rule]\nname = "swich"', "rule.name: .*'switch' or 'prompts'"),
         ("[verdict]\nfound_asr = 5", "verdict.found_asr: .* less than or equal to 1"),
         ("tuning = 3", "tuning: "),
+        ("[inversion]\nstands_out = 1e200", r"inversion\.stands_out: .*1000000"),
     ],
 )
 def test_an_unknown_or_impossible_setting_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

@@ -31,7 +31,8 @@ class SearchSettings(_Frozen):
     trigger or a plain wave, or under its own in a short scan of every class, if its odds there are as many times those
     of the rest (up to `candidates` classes may be). Where none is, masks are compared: of the classes whose share grew
     most or by `clear_share`, and of the `scanned` leaders of the scan, one stands out that needs so many times less
-    area than `references` classes of middle rank.
+    area than `references` classes of middle rank. Where the scan took fainter patterns a class stands out, too, whose
+    odds at some height are the square of it times those of the rest and whose area is less by the root of it.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
