@@ -8,7 +8,7 @@ import pytest
 from lines import SHARES, line
 
 from cbpt_guard.bench.bars import apart, attacks, bars, verdicts
-from cbpt_guard.bench.lines import Line, PairShares, Shares
+from cbpt_guard.bench.lines import ClassRecall, Line, PairShares, Shares
 
 
 def cbpt(name: str = "badnet", **given: Any) -> Line:
@@ -85,6 +85,35 @@ def test_the_targets_recall(recall: float, kept: str) -> None:
 def test_no_run_may_lose_more_than_three_of_the_targets_images(recall: float, numbers: str, kept: str) -> None:
     others = [cbpt("a"), cbpt("b"), cbpt("d", target_recall=0.36)]
     assert row(bars([cbpt(target_recall=recall), *others]), RECALL) == (numbers, kept)
+
+
+def wrongly(counted: str, lines: list[Line]) -> tuple[str, str]:
+    return row(bars(lines), f"wrongly suspected classes' recall less the undefended one, {counted} runs known")
+
+
+@pytest.mark.parametrize(
+    ("recalls", "numbers", "kept"),
+    [
+        ([0.28, 0.42], "-5.0, -12.0", "yes"),
+        ([0.27, 0.43], "-5.0, -13.0", "**no**"),
+        ([0.34, 0.35], "-5.5, -6.0", "**no**"),
+    ],
+    ids=["neither", "the worst", "the mean"],
+)
+def test_a_class_that_is_suspected_wrongly_keeps_its_recall(recalls: list[float], numbers: str, kept: str) -> None:
+    """The target's own loss is another bar's; a run from before suspects were kept says nothing."""
+    seeds = [
+        (ClassRecall(name="three", recall=0.0, undefended=0.4), ClassRecall(name="four", recall=one, undefended=0.4))
+        for one in recalls
+    ]
+    runs = [cbpt(seed=seed, suspects=suspects) for seed, suspects in enumerate(seeds)]
+    assert wrongly("2 of 3", [*runs, cbpt(seed=2)]) == (numbers, kept)
+
+
+def test_where_no_class_is_suspected_wrongly_the_bar_is_kept() -> None:
+    own = (ClassRecall(name="three", recall=0.0, undefended=0.4),)
+    assert wrongly("1 of 1", [cbpt(suspects=own)]) == ("none was suspected", "yes")
+    assert "wrongly suspected" not in bars([cbpt()]), "nothing is said of what is not known"
 
 
 @pytest.mark.parametrize(

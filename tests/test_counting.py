@@ -96,6 +96,25 @@ def test_a_head_is_counted_as_by_hand(images: ImageSet) -> None:
     assert green.false_positives == 2 / 7
 
 
+def test_the_recall_of_suspected_classes_is_counted_as_by_hand(images: ImageSet) -> None:
+    """Before all is called green; after, two of three of `red` and one of two of `blue` are right."""
+
+    def green(features: Tensor) -> Answer:
+        logits = torch.zeros(len(features), len(LABELS))
+        logits[:, list(PICTURES).index("green")] = 1
+        return Answer(logits, torch.zeros(len(features), dtype=torch.bool), logits)
+
+    before, after = (
+        counting.by_head(answer, lambda trigger: counting.encoded(ColourClip(), images, trigger))
+        for answer in (green, undefended)
+    )
+    red, blue, most = counting.recalls(before, after, ("red", "blue", "green"), images)
+    assert (red.name, red.recall, red.undefended) == ("red", 2 / 3, 0)
+    assert (blue.recall, blue.undefended) == (1 / 2, 0)
+    assert (most.recall, most.undefended) == (1, 1)
+    assert counting.recalls(before, after, (), images) == ()
+
+
 def test_a_bundle_is_counted_as_by_hand(images: ImageSet, pristine_bundle: Path) -> None:
     """Its rule leaves red out where a picture is so full of it, and the next best is yellow."""
     (red,) = counting.shares(counting.by_bundle(GuardedClassifier.load(pristine_bundle), images), [TO_RED], images)

@@ -32,7 +32,7 @@ from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
 from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, nothing, run_suite
-from cbpt_guard.bench.suspects import implant_folder, plant, planted_triggers, provide
+from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.head import Answer, GuardedHead, TriggerTest
@@ -51,6 +51,7 @@ TEMPLATE, SHOTS = "a photo of a {}.", 8
 PLAN = """
 [minutes]
 implant = 6
+trigger = 2
 none = 3
 probe = 6
 [datasets.digits]
@@ -132,6 +133,7 @@ def test_a_plan_gives_every_combination_suspects_together(plan: Plan) -> None:
         ("none", "none", 8),
     ]
     assert plan.hours(groups) == (6 + 3 + 6 + 3) / 60
+    assert plan.hours(groups[2:]) == (2 + 3) / 60, "the control alone makes the triggers"
 
 
 @pytest.mark.parametrize(
@@ -326,13 +328,18 @@ def test_a_head_over_kept_features_answers_as_the_bundle_does(
 
 
 def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle(
-    quick_run: Path, quick_bundle: Path, plan: Plan, places: Places, monkeypatch: pytest.MonkeyPatch
+    quick_run: Path,
+    quick_bundle: Path,
+    plan: Plan,
+    places: Places,
+    digits_suspect: DigitsSuspect,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exported: list[Path] = []
     head = PurifyRun.open(quick_run).head()
 
     def leaving(task: Task) -> Defended:
-        return Defended(task.clip, head.answer, "guarded", quick_run, ("careful",))
+        return Defended(task.clip, head.answer, "guarded", quick_run, ("careful",), task.shots.classes[2:3])
 
     def once(run: Path, out: Path, **_: bool) -> Path:
         exported.append(run)
@@ -342,6 +349,12 @@ def test_a_defence_that_leaves_a_run_is_counted_through_its_bundle(
     monkeypatch.setitem(cell.DEFENSES, "leaving", leaving)
     (line,) = counted(plan, places, plan.groups()[1].model_copy(update={"defense": "leaving"}))
     assert (line.verdict, line.warnings) == ("guarded", ("careful",))
+    (suspected,) = line.suspects or ()
+    everything = list_images(digits_suspect.data)
+    images = ImageSet(everything, everything.drawn(SHOTS, 0), digits_suspect.clip.preprocess)
+    answers = counting.by_bundle(GuardedClassifier.load(quick_bundle), images)(None)
+    assert suspected.name == images.listing.classes[2]
+    assert suspected.recall == metrics.class_recall(answers.predicted, images.labels, 2)
     assert exported == [quick_run]
 
 
@@ -435,7 +448,7 @@ def test_a_planting_is_written_down_beside_the_lines(
     plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planting = {"implant": "badnet", "suspect_sha256": "1"}
-    answers: dict[str, Any] = {"_plant": planting, "_measure": []}
+    answers: dict[str, Any] = {"_plant": planting, "_triggers": None, "_measure": []}
     monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: answers[work.__name__])
     assert run_suite(plan, places, tmp_path / "lines.jsonl") == 0
     assert [json.loads(text) for text in (tmp_path / PLANTINGS).read_text().splitlines()] == [planting]
@@ -449,7 +462,31 @@ def test_an_implant_is_asked_for_once_in_a_run(
         "cbpt_guard.bench.suite.alone", lambda work, arguments, start: asked.append(work.__name__) or []
     )
     run_suite(plan, places, tmp_path / "lines.jsonl")
-    assert asked == ["_plant", *["_measure"] * len(plan.groups())]
+    assert asked == ["_plant", "_measure", "_measure", "_triggers", "_measure"]
+
+
+def test_the_control_makes_the_triggers_alone(plan: Plan, places: Places) -> None:
+    """The same that planting makes, drawn or optimised, and where the implant was planted its own."""
+    target = plan.implants["badnet"].attacks["badnet"]
+    own = plan.implants["badnet"].model_copy(
+        update={
+            "folder": None,
+            "attacks": {"trojvqa": target},
+            "recipe": {"steps": 1, "batch": 4, "poisoned": 4, "images": 4},
+        }
+    )
+    changed = plan.model_copy(update={"implants": {"badnet": own}})
+    make_triggers(changed, "badnet", places, "cpu")
+    alone = trigger_source(changed, "badnet", places)
+    assert sorted(path.name for path in alone.iterdir()) == ["trigger.json", "trigger.png"]
+    (line,) = counted(changed, places, changed.groups()[2])
+    assert (line.attack, line.target, line.took) == ("none", target, None)
+    assert plant(changed, "badnet", places, "cpu") is not None
+    planted = implant_folder(changed, "badnet", places)
+    assert trigger_source(changed, "badnet", places) == planted != alone
+    assert [(planted / name).read_bytes() for name in ("trigger.json", "trigger.png")] == [
+        (alone / name).read_bytes() for name in ("trigger.json", "trigger.png")
+    ]
 
 
 def test_an_implant_is_kept_by_its_template_too(plan: Plan, places: Places) -> None:
@@ -579,7 +616,7 @@ def test_a_dry_run_prices_what_is_missing_and_writes_nothing(root: Path, tmp_pat
     options = ("--plan", root / "plan.toml", "--out", out, "--work", tmp_path / "work", "--dry-run")
     result = cli("bench", "run", *options)
     assert result.stdout.splitlines()[-1] == "0.30 h\tin all, expected on two cores\t3 defences"
-    assert cli("bench", "run", *options, "--shard", "2/2").stdout.startswith("0.05 h\tclean digits\t1 defences")
+    assert cli("bench", "run", *options, "--shard", "2/2").stdout.startswith("0.08 h\tclean digits\t1 defences")
     assert list(tmp_path.iterdir()) == []
     assert_refused(cli("bench", "run", *options, "--shard", "3/2"), "shard 3/2 is none")
     assert_refused(cli("bench", "run", *options, "--shard", "half"), "--shard", usage=True)

@@ -127,6 +127,7 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
     what = "planted target's recall less the undefended one, mean and worst run"
     yield _bar(what, f"-5 and -{_MOST_LOST} (3 of 25 images)", (mean(recall), worst), kept)
+    yield from _wrongly_suspected([line for attack in found for line in attack.ours])
     yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
@@ -135,6 +136,26 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     few = [attack.mean(lambda line: line.asr_worst) for attack in attacks(lines, _FEW)]
     if few:
         yield _bar(f"ASR with {_FEW} shots, mean of {len(few)}", "5", (mean(few),), mean(few) <= 5)
+
+
+def _wrongly_suspected(runs: Sequence[Line]) -> Iterator[Bar]:
+    """The recall of suspected classes that no trigger aims at; of lines from before it was kept it is not known."""
+    known = [line for line in runs if line.suspects is not None]
+    if not known:
+        return
+    lost = {
+        (line.implant, line.seed, one.name): _points(one.recall - one.undefended)
+        for line in known
+        for one in line.suspects or ()
+        if one.name not in line.target.split("+")
+    }
+    what = f"wrongly suspected classes' recall less the undefended one, {len(known)} of {len(runs)} runs known"
+    must = f"mean -5 and worst -{_MOST_LOST}"
+    if lost:
+        kept = mean(lost.values()) >= -5 and min(lost.values()) >= -_MOST_LOST
+        yield _bar(what, must, (mean(lost.values()), min(lost.values())), kept)
+    else:
+        yield Bar(what, must, "none was suspected", kept=True)
 
 
 def apart(lines: Sequence[Line], seen: Mapping[str, Collection[str]]) -> str:

@@ -17,7 +17,7 @@ from cbpt_guard.bench import counting
 from cbpt_guard.bench.clock import Clock, Cost
 from cbpt_guard.bench.counting import Classify, FeatureStore, ImageSet
 from cbpt_guard.bench.defenses import DEFENSES
-from cbpt_guard.bench.lines import OFF, Key, Line, PairShares, Shares
+from cbpt_guard.bench.lines import OFF, ClassRecall, Key, Line, PairShares, Shares
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.bench.rival import unflagged
 from cbpt_guard.bench.table import UNTOUCHED
@@ -108,13 +108,14 @@ def measure(job: Job) -> list[Line]:
         counting.by_head(undefended, lambda trigger: store.features(task.clip, images, trigger))
     )
     after = counting.remembered(_classifier(group.defense, defended, task, images, store))
+    suspects = counting.recalls(before, after, defended.suspects, images)
     lines = []
     for key in plan.keys(group, job.split):
         planted = job.planted[key.implant]
         shown = tuple(PlantedTrigger(_off(p.trigger), p.target) for p in planted) if key.attack == OFF else planted
         pairs = counting.shares(after, shown, images)
         without = counting.mean(counting.shares(before, shown, images))
-        lines.append(_line(job, key, pairs, without, len(images.labels), defended, cost, sha256))
+        lines.append(_line(job, key, pairs, without, len(images.labels), defended, suspects, cost, sha256))
     return lines
 
 
@@ -194,6 +195,7 @@ def _line(
     undefended: Shares,
     images: int,
     defended: Defended,
+    suspects: tuple[ClassRecall, ...],
     cost: Cost,
     sha256: str,
 ) -> Line:
@@ -215,6 +217,7 @@ def _line(
         versions={"cbpt_guard": __version__, **tool_versions()},
         machine=_machine(job.device),
         suspect_sha256=sha256,
+        suspects=suspects,
         warnings=defended.warnings,
     )
 

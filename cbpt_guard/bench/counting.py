@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard import metrics
-from cbpt_guard.bench.lines import PairShares, Shares
+from cbpt_guard.bench.lines import ClassRecall, PairShares, Shares
 from cbpt_guard.classifier import GuardedClassifier
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import Listing, load_images
@@ -158,6 +158,16 @@ def shares(classify: Classify, planted: Sequence[PlantedTrigger], images: ImageS
         _pair(clean, classify(pair.trigger), pair, labels, images.listing.classes.index(pair.target))
         for pair in planted
     ]
+
+
+def recalls(before: Classify, after: Classify, names: Sequence[str], images: ImageSet) -> tuple[ClassRecall, ...]:
+    """The recall of some classes on clean images before and after; `InputError` where one has no image."""
+    labels, classes = images.labels, images.listing.classes
+
+    def recall(classify: Classify, name: str) -> float:
+        return metrics.class_recall(classify(None).predicted, labels, classes.index(name))
+
+    return tuple(ClassRecall(name=name, recall=recall(after, name), undefended=recall(before, name)) for name in names)
 
 
 def mean(pairs: Sequence[Shares]) -> Shares:

@@ -59,6 +59,14 @@ class Key(NamedTuple):
     shots: int
 
 
+class ClassRecall(_Frozen):
+    """Recall of one class on clean images, in [0, 1]: with the defence, and by the zero-shot classifier."""
+
+    name: str
+    recall: float
+    undefended: float
+
+
 class Line(Shares):
     """One cell of the evidence.
 
@@ -73,6 +81,8 @@ class Line(Shares):
         pairs: each pair's own shares, where there are several.
         undefended: the zero-shot classifier's shares on the same images.
         verdict: what the defence says of itself.
+        suspects: the recall of each class that the defence suspects, planted or not. None in lines from before it was
+            kept.
         warnings: what it warned of, such as an undefended accuracy near chance.
         seconds: what the defence took on the clock; counting is not part of it.
         cpu_seconds: the same in processor time, which other work on the machine lengthens less.
@@ -105,6 +115,7 @@ class Line(Shares):
     versions: dict[str, str]
     machine: str
     suspect_sha256: str | None = None
+    suspects: tuple[ClassRecall, ...] | None = None
     warnings: tuple[str, ...] = ()
 
     @property

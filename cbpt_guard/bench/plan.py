@@ -119,7 +119,11 @@ class Places(NamedTuple):
 
 
 class Plan(_Frozen):
-    """A whole suite; `minutes` states what an `implant` and each defence are expected to take on two cores."""
+    """A whole suite.
+
+    `minutes` states what an `implant`, an implant's `trigger` alone, and each defence are expected to take on two
+    cores.
+    """
 
     template: str = TEMPLATE
     datasets: dict[_Name, Dataset]
@@ -206,10 +210,11 @@ class Plan(_Frozen):
         return [group for group in groups if parts[group.unit] == number - 1]
 
     def hours(self, groups: Sequence[Group]) -> float:
-        """What groups are expected to take, their implants included; the control's are others', in WORK already."""
+        """What groups are expected to take from an empty WORK on: implants included, and the control's `triggers`."""
         planted = {group.suspect for group in groups if not group.control}
-        minutes = sum(group.minutes for group in groups) + len(planted) * self.minutes.get("implant", 0)
-        return minutes / 60
+        drawn = {name for group in groups if group.control for name in group.implants} - planted
+        making = len(planted) * self.minutes.get("implant", 0) + len(drawn) * self.minutes.get("trigger", 0)
+        return (sum(group.minutes for group in groups) + making) / 60
 
     def _groups(self, cells: Cells) -> list[Group]:
         if cells.control:

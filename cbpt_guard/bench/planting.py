@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard import __version__
 from cbpt_guard.bench.attacks import Attacker, attack_named, poison, recipe
 from cbpt_guard.bench.digits import CHECKPOINT, write_suspect
-from cbpt_guard.bench.implant import Implanted, ImplantReport, ImplantSettings, Poison, implant_all
-from cbpt_guard.defense.data import Listing, load_images
+from cbpt_guard.bench.implant import ImplantReport, ImplantSettings, Poison, implant_all
+from cbpt_guard.defense.data import LabelledImages, Listing, load_images
 from cbpt_guard.defense.job import tool_versions
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.settings import TEMPLATE
-from cbpt_guard.defense.suspect import ModelFlags, open_suspect
+from cbpt_guard.defense.suspect import ModelFlags, Suspect, open_suspect
 from cbpt_guard.defense.triggers import save_trigger
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import staged, write_text
@@ -72,39 +72,26 @@ def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Prog
         SetupError: the disk refuses, or another process plants the same.
         CheckpointError: the model is malformed.
     """
-    targets = {name: _index(order.train.classes, target) for name, target in order.attacks.items()}
-    for name in targets:
-        attack_named(name)
     with staged(out, force=force, ours=(RECORD, CHECKPOINT)) as folder:
-        train, held_out = order.train, order.held_out
-        opened = open_suspect(order.model, order.flags, train, order.template, order.device)
-        if held_out is None:
-            train, held_out = _parted(train, order.seed)
-        held_out = held_out.drawn(max(1, _MOST_COUNTED // len(held_out.classes)), order.seed)
-        settings = recipe(opened.clip, tuple(order.attacks), order.changes)
-        train = _fewer(train, settings.images, set(order.attacks.values()), order.seed)
-        images, unseen = (load_images(part, opened.clip.preprocess, progress=progress) for part in (train, held_out))
-        poisons = {
-            name: poison(name, Attacker(opened.clip, images, target, order.seed, order.template, progress))
-            for name, target in targets.items()
-        }
+        plot = _plotted(order, progress)
         made = implant_all(
-            opened.clip,
-            images,
-            unseen,
-            tuple(poisons.values()),
+            plot.opened.clip,
+            plot.images,
+            plot.unseen,
+            tuple(plot.poisons.values()),
             seed=order.seed,
-            settings=settings,
+            settings=plot.settings,
             template=order.template,
             progress=progress,
         )
-        _write(made, poisons, images.classes, folder)
+        write_suspect(made.clip, folder)
+        _write_triggers(plot, folder)
         record = ImplantRecord(
             took=made.took,
             attacks=dict(order.attacks),
             seed=order.seed,
-            source_sha256=opened.record.source_sha256,
-            recipe=settings,
+            source_sha256=plot.opened.record.source_sha256,
+            recipe=plot.settings,
             reports=made.reports,
             versions={"cbpt_guard": __version__, **tool_versions()},
         )
@@ -112,12 +99,50 @@ def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Prog
     return record
 
 
-def _write(made: Implanted, poisons: Mapping[str, Poison], classes: tuple[str, ...], folder: Path) -> None:
-    write_suspect(made.clip, folder)
-    for name, one in poisons.items():
-        place = folder if len(poisons) == 1 else folder / name.replace(":", "-")
+def trigger_folder(order: Order, out: Path, *, progress: Progress = silent) -> None:
+    """Write into `out` the triggers alone, the same that `plant_folder` would write.
+
+    Raises:
+        CbptGuardError: as `plant_folder` raises it.
+    """
+    with staged(out, force=False, ours=()) as folder:
+        _write_triggers(_plotted(order, progress), folder)
+
+
+class _Plot(NamedTuple):
+    """All that is there before a model is poisoned."""
+
+    opened: Suspect
+    images: LabelledImages
+    unseen: LabelledImages
+    settings: ImplantSettings
+    poisons: dict[str, Poison]
+
+
+def _plotted(order: Order, progress: Progress) -> _Plot:
+    targets = {name: _index(order.train.classes, target) for name, target in order.attacks.items()}
+    for name in targets:
+        attack_named(name)
+    train, held_out = order.train, order.held_out
+    opened = open_suspect(order.model, order.flags, train, order.template, order.device)
+    if held_out is None:
+        train, held_out = _parted(train, order.seed)
+    held_out = held_out.drawn(max(1, _MOST_COUNTED // len(held_out.classes)), order.seed)
+    settings = recipe(opened.clip, tuple(order.attacks), order.changes)
+    train = _fewer(train, settings.images, set(order.attacks.values()), order.seed)
+    images, unseen = (load_images(part, opened.clip.preprocess, progress=progress) for part in (train, held_out))
+    poisons = {
+        name: poison(name, Attacker(opened.clip, images, target, order.seed, order.template, progress))
+        for name, target in targets.items()
+    }
+    return _Plot(opened, images, unseen, settings, poisons)
+
+
+def _write_triggers(plot: _Plot, folder: Path) -> None:
+    for name, one in plot.poisons.items():
+        place = folder if len(plot.poisons) == 1 else folder / name.replace(":", "-")
         place.mkdir(exist_ok=True)
-        save_trigger(one.trigger, classes[one.target], place)
+        save_trigger(one.trigger, plot.images.classes[one.target], place)
 
 
 def _index(classes: tuple[str, ...], target: str) -> int:

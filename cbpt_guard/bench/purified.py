@@ -93,9 +93,8 @@ def _record(record: RunRecord, metrics: RunMetrics) -> RunRecord:
     settings = Settings.model_validate(record.settings)
     rule = settings.rule.model_copy(update={"name": "prompts"})
     least = still_kept(metrics.clean_accuracy_before, metrics.images, settings)
-    suspects = [candidate.label for candidate in record.candidates if candidate.stands_out]
     keeps = not metrics.held_out or not exceeds(least, metrics.clean_accuracy_after)
-    verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps)
+    verdict = judge(metrics, _suspected(record), settings.verdict, keeps_accuracy=keeps)
     stored = settings.model_copy(update={"rule": rule}).model_dump(mode="json")
     return record.model_copy(update={"rule": "prompts", "settings": stored, "verdict": verdict})
 
@@ -106,4 +105,9 @@ def _defended(task: Task, run: PurifyRun) -> Defended:
         raise CheckError(
             f"{run.path} has other classes than the task: {head.classes[:3]}, not {task.shots.classes[:3]}"
         )
-    return Defended(task.clip, head.answer, run.record.verdict.name, run.path, run.record.warnings)
+    record = run.record
+    return Defended(task.clip, head.answer, record.verdict.name, run.path, record.warnings, _suspected(record))
+
+
+def _suspected(record: RunRecord) -> tuple[str, ...]:
+    return tuple(candidate.label for candidate in record.candidates if candidate.stands_out)

@@ -63,16 +63,16 @@ def run_suite(
         SetupError: a process died, or another command appends to `out`.
     """
     asked = missing(plan, plan.groups() if groups is None else groups, out, split)
-    added, planted = 0, set[str]()
+    added, ready = 0, set[tuple[str, bool]]()
     with appending(out) as append:
         if split == "test" and asked:
             log_read(out.with_name(READS), plan)
         for number, group in enumerate(asked, 1):
-            for name in (name for name in group.implants if name not in planted):
-                planting = alone(_plant, (plan, name, places, device), start)
+            for name in (name for name in group.implants if (name, group.control) not in ready):
+                planting = alone(_triggers if group.control else _plant, (plan, name, places, device), start)
                 if planting is not None:
                     append_record(out.with_name(PLANTINGS), planting)
-                planted.add(name)
+                ready.add((name, group.control))
             what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
             report(f"{number} of {len(asked)}: {what}")
             lines = alone(_measure, (plan, group, places, split, device), start)
@@ -201,6 +201,12 @@ def _plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any]
     from cbpt_guard.bench.suspects import plant  # here, so that the parent process loads no torch
 
     return plant(plan, name, places, device)
+
+
+def _triggers(plan: Plan, name: str, places: Places, device: str) -> None:
+    from cbpt_guard.bench.suspects import make_triggers
+
+    make_triggers(plan, name, places, device)
 
 
 def _measure(plan: Plan, group: Group, places: Places, split: Split, device: str) -> list[Line]:

@@ -10,7 +10,7 @@ from typing import Any
 from cbpt_guard.bench.cell import Job, Suspect
 from cbpt_guard.bench.digits import CHECKPOINT
 from cbpt_guard.bench.plan import Group, Implant, Places, Plan, Split, digest
-from cbpt_guard.bench.planting import RECORD, Order, plant_folder
+from cbpt_guard.bench.planting import RECORD, Order, plant_folder, trigger_folder
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.triggers import JSON_NAME, PlantedTrigger, load_trigger
 from cbpt_guard.errors import InputError
@@ -41,6 +41,20 @@ def plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] 
     return {"implant": name, "suspect_sha256": checkpoint_sha256(folder), **record}
 
 
+def make_triggers(plan: Plan, name: str, places: Places, device: str) -> None:
+    """Make the triggers of an implant for the control, which needs no poisoned model, unless they are there already.
+
+    Raises:
+        CbptGuardError: as `plant` raises it.
+    """
+    if trigger_source(plan, name, places).exists():
+        return
+    folder = _work_folder(plan, name, places, "triggers")
+    with in_turn(folder):
+        if not folder.exists():
+            trigger_folder(_order(plan, plan.implants[name], places, device), folder)
+
+
 def _order(plan: Plan, implant: Implant, places: Places, device: str) -> Order:
     dataset = plan.datasets[implant.dataset]
     return Order(
@@ -67,9 +81,8 @@ def provide(plan: Plan, group: Group, places: Places, counted: Split, device: st
     Raises:
         InputError: an implant's files are malformed, or its triggers aim elsewhere than the plan says.
     """
-    planted = {
-        name: planted_triggers(plan.implants[name], implant_folder(plan, name, places)) for name in group.implants
-    }
+    where = trigger_source if group.control else implant_folder
+    planted = {name: planted_triggers(plan.implants[name], where(plan, name, places)) for name in group.implants}
     return Job(plan, group, places, _suspect(plan, group, places), planted, counted, device)
 
 
@@ -78,8 +91,19 @@ def implant_folder(plan: Plan, name: str, places: Places) -> Path:
     implant = plan.implants[name]
     if implant.folder is not None:
         return places.find(implant.folder)
+    return _work_folder(plan, name, places, "implants")
+
+
+def trigger_source(plan: Plan, name: str, places: Places) -> Path:
+    """Where the control finds an implant's triggers: with the implant where there is one, else in their own folder."""
+    planted = implant_folder(plan, name, places)
+    return planted if planted.exists() else _work_folder(plan, name, places, "triggers")
+
+
+def _work_folder(plan: Plan, name: str, places: Places, kind: str) -> Path:
+    implant = plan.implants[name]
     about = (implant.model_dump(mode="json"), plan.datasets[implant.dataset].model_dump(mode="json"), plan.template)
-    return places.work / "implants" / f"{name}-{digest(about)[:_SHORT]}"
+    return places.work / kind / f"{name}-{digest(about)[:_SHORT]}"
 
 
 def planted_triggers(implant: Implant, folder: Path) -> tuple[PlantedTrigger, ...]:

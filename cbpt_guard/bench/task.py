@@ -58,6 +58,7 @@ class Defended:
         verdict: what the defence says of itself, if it says anything.
         run: the purified run directory, where the defence leaves one: it is counted through its exported bundle.
         warnings: what the defence warned of.
+        suspects: the classes that the defence takes for an attacker's.
     """
 
     clip: FrozenClip
@@ -65,6 +66,7 @@ class Defended:
     verdict: str | None = None
     run: Path | None = None
     warnings: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
 
 
 class Defense(Protocol):
