@@ -71,7 +71,11 @@ def told(measured: list[dict[str, Any]]) -> str:
     rows = ["| clean target images lost | ASR left, margin % | ASR left, Fisher % |", "|---|---|---|"]
     for lost, margin, fisher in zip(line["lost"], line["asr_margin"], line["asr_fisher"], strict=True):
         rows.append(f"| {lost} of {line['target_images']} | {100 * margin:.1f} | {100 * fisher:.1f} |")
-    return "\n".join(rows)
+    about = (
+        f"On {line['model']} alone, one run. The thresholds are chosen on the counted images themselves, so this "
+        "compares the two tests and says nothing of what a user would get."
+    )
+    return "\n".join([*rows, "", about])
 
 
 def _scores(

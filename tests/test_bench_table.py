@@ -206,7 +206,8 @@ def test_a_rival_is_held_against_the_seeds_that_both_have(seed: int, won: list[s
 def test_what_is_no_rival_wins_nothing(other: Line) -> None:
     text = table([*OURS, other])
     assert "**9" not in text
-    assert "CBPT loses no cell to a rival." in text
+    rival = other.defense == "probe"
+    assert ("CBPT loses no cell to a rival." if rival else "No rival was measured here.") in text
 
 
 def test_the_control_stands_in_a_table_of_its_own() -> None:

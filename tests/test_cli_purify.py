@@ -26,6 +26,7 @@ from cbpt_guard.cli import show
 from cbpt_guard.defense import purify as purifying
 from cbpt_guard.defense import search, suspect
 from cbpt_guard.defense.architecture import resolve_model
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, encode
@@ -479,6 +480,16 @@ def test_a_hostile_checkpoint_answers_3_and_runs_nothing(folder: Path) -> None:
 
 
 # what the verdict rests on
+
+
+def test_a_run_says_which_search_found_its_candidates(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:
+    """Its own, or that of the run whose triggers it took: here one from before searches were numbered."""
+    assert guarded[1]["run"]["search"] == SEARCH
+    earlier = Path(shutil.copytree(guarded[0], folder / "earlier"))
+    record = json.loads((earlier / "run.json").read_text(encoding="utf-8"))
+    del record["search"]
+    (earlier / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert json.loads(purify("--reuse", "earlier", "--json").stdout)["run"]["search"] is None
 
 
 def test_one_image_a_class_leaves_nothing_to_judge_by(folder: Path, guarded: tuple[Path, dict[str, Any], str]) -> None:

@@ -40,6 +40,7 @@ from cbpt_guard.bench.settings import (
 )
 from cbpt_guard.bench.task import Defended, Defense, Task
 from cbpt_guard.bench.trainable import TrainableClip
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.data import LabelledImages, Listing, list_images
 from cbpt_guard.defense.found import encode
@@ -498,6 +499,9 @@ def test_both_rules_come_from_one_purified_run(both: tuple[Defended, Defended, i
     assert switch.run is not None
     assert prompts.run is not None
     ours, paper = PurifyRun.open(switch.run), PurifyRun.open(prompts.run)
+    assert switch.search == prompts.search == ours.record.search == SEARCH
+    suspects = tuple(one.label for one in ours.record.candidates if one.stands_out)
+    assert switch.suspects == prompts.suspects == suspects != ()
     assert (ours.record.rule, paper.record.rule) == ("switch", "prompts")
     assert paper.record.settings == ours.record.settings | {"rule": ours.record.settings["rule"] | {"name": "prompts"}}
     assert torch.equal(ours.head().with_rule("prompts").guarded.rows, paper.head().guarded.rows)

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, Shares
 from cbpt_guard.bench.table import CEILING, ENSEMBLE, OURS, UNTOUCHED, joined
+from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.metrics import exceeds
 
 SUCCESS_ASR, SUCCESS_LOSS = 0.05, 0.02
 """A run is a true success where no trigger succeeds more often, and no more of the clean accuracy is lost."""
+_BOUNDS = VerdictSettings()
 SHOTS = 16
 """Of the bars, but for the one of few shots."""
 _FEW, _SEEDS = 4, 3
@@ -126,7 +129,7 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
     what = "planted target's recall less the undefended one, mean and worst run"
-    yield _bar(what, f"-5 and -{_MOST_LOST} (3 of 25 images)", (mean(recall), worst), kept)
+    yield _bar(what, f"-5 and -{_MOST_LOST} (3 images where a class has 25)", (mean(recall), worst), kept)
     yield from _wrongly_suspected([line for attack in found for line in attack.ours])
     yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
@@ -254,7 +257,25 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     named = f" ({', '.join(dict.fromkeys(run.implant for run in false))})" if false else ""
     said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
     share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
-    return "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
+    return "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share, "", _seen_by_few(runs)])
+
+
+def _seen_by_few(runs: Sequence[Line]) -> str:
+    """How many guarded runs break, on the counted images, what the verdict bounds on the few that are held out."""
+    guarded = [run for run in runs if run.verdict == "guarded"]
+    flagged = [run for run in guarded if exceeds(run.flag_clean, _BOUNDS.false_alarms)]
+    lost = [run for run in guarded if exceeds(run.undefended.target_recall - run.target_recall, _BOUNDS.recall_loss)]
+    alarms, recall = 100 * _BOUNDS.false_alarms, 100 * _BOUNDS.recall_loss
+    return (
+        f"On the counted images {_named(flagged)} of these {len(guarded)} guarded runs flag more than {alarms:g} % of "
+        f"the clean ones, and {_named(lost)} lose more than {recall:g} points of the target's clean recall: what the "
+        "verdict bounds, too, but on the images that are held out."
+    )
+
+
+def _named(runs: Sequence[Line]) -> str:
+    names = ", ".join(dict.fromkeys(run.implant for run in runs))
+    return f"{len(runs)} ({names})" if runs else "none"
 
 
 def _times(count: int) -> str:

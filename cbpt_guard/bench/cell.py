@@ -218,6 +218,7 @@ def _line(
         machine=_machine(job.device),
         suspect_sha256=sha256,
         suspects=suspects,
+        search=defended.search,
         warnings=defended.warnings,
     )
 

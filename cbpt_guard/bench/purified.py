@@ -106,7 +106,15 @@ def _defended(task: Task, run: PurifyRun) -> Defended:
             f"{run.path} has other classes than the task: {head.classes[:3]}, not {task.shots.classes[:3]}"
         )
     record = run.record
-    return Defended(task.clip, head.answer, record.verdict.name, run.path, record.warnings, _suspected(record))
+    return Defended(
+        clip=task.clip,
+        answer=head.answer,
+        verdict=record.verdict.name,
+        run=run.path,
+        warnings=record.warnings,
+        suspects=_suspected(record),
+        search=record.search,
+    )
 
 
 def _suspected(record: RunRecord) -> tuple[str, ...]:

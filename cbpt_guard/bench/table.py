@@ -173,6 +173,8 @@ def _lost(found: Rows) -> str:
     """Every cell that CBPT loses to a rival, by name."""
     if not any(row.defense == OURS for row in found):
         return ""
+    if all(row.defense in NO_RIVALS or row.defense == OURS for row in found):
+        return "No rival was measured here."
     text = [_losses(found, row) for row in found if wins(found, row)]
     return "\n".join(["**Cells that CBPT loses to a rival**", "", *text]) if text else "CBPT loses no cell to a rival."
 

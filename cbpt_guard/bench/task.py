@@ -59,6 +59,7 @@ class Defended:
         run: the purified run directory, where the defence leaves one: it is counted through its exported bundle.
         warnings: what the defence warned of.
         suspects: the classes that the defence takes for an attacker's.
+        search: version of the search that found them.
     """
 
     clip: FrozenClip
@@ -67,6 +68,7 @@ class Defended:
     run: Path | None = None
     warnings: tuple[str, ...] = ()
     suspects: tuple[str, ...] = ()
+    search: int | None = None
 
 
 class Defense(Protocol):

@@ -68,7 +68,7 @@ class Verdict(_Frozen):
 
 
 class RunRecord(_Frozen):
-    """`run.json`."""
+    """`run.json`; `search` is the version of the search that found the candidates, None in runs that do not say it."""
 
     format: Literal[1] = 1
     cbpt_guard: str
@@ -79,6 +79,7 @@ class RunRecord(_Frozen):
     settings: dict[str, Any]
     model: ModelRecord
     data: DataRecord
+    search: int | None = None
     candidates: tuple[Candidate, ...]
     suspects: tuple[Suspect, ...]
     verdict: Verdict

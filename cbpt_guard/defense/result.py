@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cbpt_guard import __version__
 from cbpt_guard.defense import run as files
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.job import Prepared, tool_versions
@@ -71,6 +72,7 @@ def _record(prepared: Prepared, outcome: Outcome, seconds: Mapping[str, float]) 
         settings=job.settings.model_dump(mode="json"),
         model=prepared.suspect.record,
         data=_data(prepared, outcome),
+        search=SEARCH if prepared.reused is None else prepared.reused.record.search,
         candidates=outcome.findings.candidates,
         suspects=tuple(Suspect(label=head.classes[i], index=i, threshold=thresholds[i]) for i in head.suspects),
         verdict=outcome.verdict,
