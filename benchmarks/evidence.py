@@ -23,13 +23,14 @@ from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars, verdicts
 from cbpt_guard.bench.limits import limits
-from cbpt_guard.bench.lines import Key, Line
+from cbpt_guard.bench.lines import CONTROL, Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.settings import SETTINGS, settings_of
 from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
 from cbpt_guard.bench.summary import summary
-from cbpt_guard.bench.table import joined, table, tame_text
+from cbpt_guard.bench.table import OURS, joined, table, tame_text
+from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
@@ -86,6 +87,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
                 (committed(ABLATIONS, ABLATIONS_PLAN), ABLATIONS_PLAN),
             )
         ),
+        "searches": searches([*lines, *adaptive]),
         "bars": bars(lines),
         "limits": limits(own),
         "apart": apart(own, SEEN),
@@ -129,6 +131,17 @@ def progress(lines: Sequence[Line], asked_in: Path) -> str:
     total = sum(map(len, asked.values()))
     told_of = f"Of the {total} lines that `{asked_in.name}` asks for {sum(done.values())} are measured."
     return " ".join([told_of, *parts])
+
+
+def searches(lines: Sequence[Line]) -> str:
+    """Which version of the search each of CBPT's lines is of: what was measured before a change is not after it."""
+    runs: dict[str, list[str]] = {}
+    for line in lines:
+        if line.defense == OURS:
+            version = "earlier ones, or lines that do not say it" if line.search is None else f"version {line.search}"
+            runs.setdefault(version, []).append(f"clean {line.dataset}" if line.attack == CONTROL else line.implant)
+    told = (f"of {version}: {len(names)} ({', '.join(dict.fromkeys(names))})" for version, names in runs.items())
+    return f"Lines of `{OURS}` by the version of its search, which is {SEARCH} now: {'; '.join(told)}."
 
 
 def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:

@@ -95,6 +95,7 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
                 "implant": name,
                 "seed": run.record.seed,
                 "target": pair.target,
+                "search": run.record.search,
                 "rank": ranks.index(pair.target) + 1 if pair.target in ranks else None,
                 "stands_out": any(one.label == pair.target and one.stands_out for one in run.record.candidates),
                 "clean": _cosine(untouched, true),
@@ -125,7 +126,7 @@ def lines() -> Lines:
 
 
 def told(measured: Lines) -> str:
-    """Markdown: a row for each implant and target, a column for each family.
+    """Markdown: a row for each implant and target, a column for each family, after the version of the search.
 
     Of several found triggers of a family the nearest counts, of several lines of a seed the last; the mean over seeds.
     """
@@ -133,13 +134,14 @@ def told(measured: Lines) -> str:
         return "Not measured yet."
     last = {(line["implant"], line["target"], line["seed"]): line for line in measured}
     families = list(dict.fromkeys(one["family"] for line in last.values() for one in line["found"]))
-    head = ("implant", "target", "its rank", "stands out", "clean", *families)
+    head = ("implant", "target", "search", "its rank", "stands out", "clean", *families)
     rows = [[line for key, line in last.items() if key[:2] == row] for row in dict.fromkeys(key[:2] for key in last)]
     return "\n".join([joined(head), joined(["---"] * len(head)), *(joined(_cells(own, families)) for own in rows)])
 
 
 def _cells(own: Lines, families: list[str]) -> Iterator[str]:
     yield from (own[0]["implant"], own[0]["target"])
+    yield ", ".join(dict.fromkeys(str(line.get("search") or "older") for line in own))
     yield ", ".join(dict.fromkeys(str(line["rank"] or "-") for line in own))
     yield "yes" if all(line["stands_out"] for line in own) else "no"
     yield f"{mean(line['clean'] for line in own):.3f}"

@@ -66,6 +66,7 @@ def measure(model: str, shared: Path, work: Path, split: str) -> dict[str, Any]:
         "shots": SHOTS,
         "seed": SEED,
         "verdict": record["verdict"]["name"],
+        "search": record["search"],
         "candidates": record["candidates"],
         **count(folder / "bundle", shared, counted(pictures[split], split)),
         "purify_seconds": round(took.seconds, 1),
@@ -141,7 +142,7 @@ def write_table() -> None:
     if not last:
         raise SystemExit(f"{LINES.name} holds no line of the test split")
     rewrite(README, {"measured": table(list(last.values()))})
-    rewrite(METHOD, {"stages": stages(list(last.values()), [line["export_seconds"] for line in lines])})
+    rewrite(METHOD, {"stages": stages(list(last.values()), lines)})
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -158,6 +159,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             judged = f"{score} | {line['verdict']}" if name == "guarded" else " | "
             rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {judged} |")
     first = lines[0]
+    search = ", ".join(dict.fromkeys(str(line.get("search") or "before 4") for line in lines))
     cost = ", ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min" for line in lines)
     peak = max(line["peak_mb"] for line in lines)
     rows += [
@@ -166,14 +168,14 @@ def table(lines: list[dict[str, Any]]) -> str:
         f"{first['shots']} shots a class, one seed, the target not told, through the bundle. The trigger is BadNet",
         f"toward {first['target']!r}; the clean model is the control. A class stands out from a score of",
         f"{InversionSettings().stands_out:g} (docs/method.md). purify took: {cost},",
-        f"{peak} MiB at most ({first['machine']}).",
+        f"{peak} MiB at most ({first['machine']}); version of the search: {search}.",
         "Printed by `python benchmarks/road.py table` from `benchmarks/road.jsonl`.",
     ]
     return "\n".join(rows)
 
 
-def stages(lines: list[dict[str, Any]], exports: list[float]) -> str:
-    """Markdown, one row per stage: seconds of each model's purify; `exports` say how far machines differ."""
+def stages(lines: list[dict[str, Any]], ever: list[dict[str, Any]]) -> str:
+    """Markdown, one row per stage: seconds of each model's purify; `ever` are all lines, for how far they vary."""
     rows = [["seconds", *(line["model"] for line in lines)], ["---"] * (len(lines) + 1)]
     rows += [[stage, *(f"{line['stages'][stage]:.0f}" for line in lines)] for stage in lines[0]["stages"]]
     rows.append(["start to end", *(f"{line['purify_seconds']:.0f}" for line in lines)])
@@ -183,7 +185,13 @@ def stages(lines: list[dict[str, Any]], exports: list[float]) -> str:
         "",
         f"{lines[0]['machine']}; cores that other processes took: {others}. Machines of that kind differ: over",
     ]
-    text.append(f"all lines of `benchmarks/road.jsonl` one export took {min(exports):.0f} to {max(exports):.0f} s.")
+    took = {
+        what: [line[field] for line in ever if line["model"] == lines[0]["model"]]
+        for what, field in (("export", "export_seconds"), ("purify", "purify_seconds"))
+    }
+    spreads = " and ".join(f"one {what} {min(some):.0f} to {max(some):.0f} s" for what, some in took.items())
+    text.append(f"all lines of `benchmarks/road.jsonl`, which are of several versions too, {lines[0]['model']} took")
+    text.append(f"{spreads}.")
     return "\n".join(text)
 
 

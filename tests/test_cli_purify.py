@@ -121,6 +121,8 @@ def heads(run: Path | str) -> dict[str, torch.Tensor]:
 def test_a_guarded_run_is_whole_and_answers_0(guarded: tuple[Path, dict[str, Any], str]) -> None:
     path, said, _ = guarded
     assert {item.name for item in path.iterdir()} == FILES
+    page = (Path(__file__).parents[1] / "docs" / "purify.md").read_text(encoding="utf-8")
+    assert [name for name in FILES if f"`{name}" not in page] == []
     assert [item.name for item in path.parent.iterdir() if item.name.startswith(".")] == []
     assert {item.suffix for item in (path / "pictures").iterdir()} == {".png"}
     run = PurifyRun.open(path)

@@ -70,9 +70,9 @@ def test_the_roads_tables(commands: tuple[ModuleType, ModuleType]) -> None:
     last = list({line["model"]: line for line in measured if line["split"] == "test"}.values())
     assert [line["model"] for line in last] == list(road.MODELS)
     assert between(road.README, "measured") == road.table(last)
-    assert between(road.METHOD, "stages") == road.stages(last, [line["export_seconds"] for line in measured])
+    assert between(road.METHOD, "stages") == road.stages(last, measured)
     unwatched = [{name: value for name, value in line.items() if name != "others_cores"} for line in last]
-    assert "cores that other processes took: unknown" in road.stages(unwatched, [1.0, 2.0])
+    assert "cores that other processes took: unknown" in road.stages(unwatched, measured)
 
 
 def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -> None:
@@ -103,8 +103,10 @@ def test_the_two_tests_for_triggered_images(commands: tuple[ModuleType, ModuleTy
     import flag  # beside `commands`
 
     assert between(flag.METHOD, "flag") == flag.told(flag.lines())
-    line = {"target_images": 9, "lost": [0, 1], "asr_margin": [0.5, 0.25], "asr_fisher": [0.125, 0.0]}
-    assert flag.told([{}, line]).splitlines()[2:] == ["| 0 of 9 | 50.0 | 12.5 |", "| 1 of 9 | 25.0 | 0.0 |"]
+    line = {"model": "a", "target_images": 9, "lost": [0, 1], "asr_margin": [0.5, 0.25], "asr_fisher": [0.125, 0.0]}
+    told = flag.told([{}, line])
+    assert told.splitlines()[2:4] == ["| 0 of 9 | 50.0 | 12.5 |", "| 1 of 9 | 25.0 | 0.0 |"]
+    assert "On a alone, one run." in told
     assert flag.told([]) == "Not measured yet."
 
 
@@ -162,8 +164,8 @@ def test_what_was_found_against_what_was_planted(commands: tuple[ModuleType, Mod
 
     stale = found(0, None)
     one = found(0, 1, ("masked", 0.9, 0.9), ("wave", 1.0, 0.5), ("wave", 0.8, 0.7))
-    other = found(1, 2, ("masked", 1.0, 0.8))
+    other = found(1, 2, ("masked", 1.0, 0.8)) | {"search": 4}
     head, _, row = inversion.told([stale, one, other]).splitlines()
-    assert head == "| implant | target | its rank | stands out | clean | masked | wave |"
-    assert row == "| a | cat | 1, 2 | no | 0.100 | 0.850 (95) | 0.700 (80) |"
+    assert head == "| implant | target | search | its rank | stands out | clean | masked | wave |"
+    assert row == "| a | cat | older, 4 | 1, 2 | no | 0.100 | 0.850 (95) | 0.700 (80) |"
     assert inversion.told([]) == "Not measured yet."

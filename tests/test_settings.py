@@ -25,6 +25,13 @@ def test_what_a_file_does_not_name_keeps_its_default(tmp_path: Path) -> None:
     assert Settings.read(toml(tmp_path, "")) == Settings()
 
 
+def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "purify.md").read_text(encoding="utf-8")
+    (example,) = page.split("```toml\n")[1:]
+    read = Settings.read(toml(tmp_path, example.partition("```")[0]))
+    assert (read.inversion.stands_out, read.rule.name, read.verdict.false_alarms) == (6.0, "prompts", 0.02)
+
+
 def test_settings_survive_their_record() -> None:
     assert Settings.model_validate(Settings().model_dump(mode="json")) == Settings()
 
