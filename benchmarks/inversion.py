@@ -141,7 +141,7 @@ def told(measured: Lines) -> str:
 
 def _cells(own: Lines, families: list[str]) -> Iterator[str]:
     yield from (own[0]["implant"], own[0]["target"])
-    yield ", ".join(dict.fromkeys(str(line.get("search") or "older") for line in own))
+    yield ", ".join(dict.fromkeys(str(line.get("search") or "-") for line in own))
     yield ", ".join(dict.fromkeys(str(line["rank"] or "-") for line in own))
     yield "yes" if all(line["stands_out"] for line in own) else "no"
     yield f"{mean(line['clean'] for line in own):.3f}"

@@ -159,7 +159,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             judged = f"{score} | {line['verdict']}" if name == "guarded" else " | "
             rows.append(f"| {line['model']} | {name} | {numbers} | {hits} | {judged} |")
     first = lines[0]
-    search = ", ".join(dict.fromkeys(str(line.get("search") or "before 4") for line in lines))
+    search = ", ".join(dict.fromkeys(str(line.get("search") or "not said") for line in lines))
     cost = ", ".join(f"{line['model']} {line['purify_seconds'] / 60:.1f} min" for line in lines)
     peak = max(line["peak_mb"] for line in lines)
     rows += [

@@ -206,7 +206,7 @@ def test_a_rival_is_held_against_the_seeds_that_both_have(seed: int, won: list[s
 def test_what_is_no_rival_wins_nothing(other: Line) -> None:
     text = table([*OURS, other])
     assert "**9" not in text
-    rival = other.defense == "probe"
+    rival = other.defense == "probe" and (other.attack, other.shots) == ("badnet", 16)
     assert ("CBPT loses no cell to a rival." if rival else "No rival was measured here.") in text
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cbpt_guard import GuardedClassifier
 from cbpt_guard.bench import counting
 from cbpt_guard.bench.counting import FeatureStore, ImageSet
+from cbpt_guard.bench.lines import ClassRecall
 from cbpt_guard.defense.data import Listing
 from cbpt_guard.defense.head import Answer, Head
 from cbpt_guard.defense.triggers import Patch, PlantedTrigger
@@ -104,15 +105,20 @@ def test_the_recall_of_suspected_classes_is_counted_as_by_hand(images: ImageSet)
         logits[:, list(PICTURES).index("green")] = 1
         return Answer(logits, torch.zeros(len(features), dtype=torch.bool), logits)
 
-    before, after = (
-        counting.by_head(answer, lambda trigger: counting.encoded(ColourClip(), images, trigger))
-        for answer in (green, undefended)
-    )
-    red, blue, most = counting.recalls(before, after, ("red", "blue", "green"), images)
+    def told(names: tuple[str, ...], data: ImageSet) -> tuple[ClassRecall, ...]:
+        before, after = (
+            counting.by_head(answer, lambda trigger: counting.encoded(ColourClip(), data, trigger))
+            for answer in (green, undefended)
+        )
+        return counting.recalls(before, after, names, data)
+
+    red, blue, most = told(("red", "blue", "green"), images)
     assert (red.name, red.recall, red.undefended) == ("red", 2 / 3, 0)
     assert (blue.recall, blue.undefended) == (1 / 2, 0)
     assert (most.recall, most.undefended) == (1, 1)
-    assert counting.recalls(before, after, (), images) == ()
+    assert told((), images) == ()
+    drawn = replace(images, shots=Listing(tuple(PICTURES), ((), (), images.listing.files[2], (), ())))
+    assert [one.name for one in told(("red", "blue"), drawn)] == ["red"], "no blue is left"
 
 
 def test_a_bundle_is_counted_as_by_hand(images: ImageSet, pristine_bundle: Path) -> None:

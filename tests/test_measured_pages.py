@@ -167,5 +167,5 @@ def test_what_was_found_against_what_was_planted(commands: tuple[ModuleType, Mod
     other = found(1, 2, ("masked", 1.0, 0.8)) | {"search": 4}
     head, _, row = inversion.told([stale, one, other]).splitlines()
     assert head == "| implant | target | search | its rank | stands out | clean | masked | wave |"
-    assert row == "| a | cat | older, 4 | 1, 2 | no | 0.100 | 0.850 (95) | 0.700 (80) |"
+    assert row == "| a | cat | -, 4 | 1, 2 | no | 0.100 | 0.850 (95) | 0.700 (80) |"
     assert inversion.told([]) == "Not measured yet."

@@ -29,7 +29,7 @@ def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "purify.md").read_text(encoding="utf-8")
     (example,) = page.split("```toml\n")[1:]
     read = Settings.read(toml(tmp_path, example.partition("```")[0]))
-    assert (read.inversion.stands_out, read.rule.name, read.verdict.false_alarms) == (6.0, "prompts", 0.02)
+    assert (read.inversion.stands_out, read.rule.clean_deviations, read.verdict.false_alarms) == (6.0, 2.5, 0.02)
 
 
 def test_settings_survive_their_record() -> None:

@@ -146,17 +146,17 @@ def _wrongly_suspected(runs: Sequence[Line]) -> Iterator[Bar]:
     known = [line for line in runs if line.suspects is not None]
     if not known:
         return
-    lost = {
-        (line.implant, line.seed, one.name): _points(one.recall - one.undefended)
+    lost = [
+        _points(one.recall - one.undefended)
         for line in known
         for one in line.suspects or ()
-        if one.name not in line.target.split("+")
-    }
+        if one.name not in ({pair.target for pair in line.pairs} or {line.target})
+    ]
     what = f"wrongly suspected classes' recall less the undefended one, {len(known)} of {len(runs)} runs known"
     must = f"mean -5 and worst -{_MOST_LOST}"
     if lost:
-        kept = mean(lost.values()) >= -5 and min(lost.values()) >= -_MOST_LOST
-        yield _bar(what, must, (mean(lost.values()), min(lost.values())), kept)
+        kept = mean(lost) >= -5 and min(lost) >= -_MOST_LOST
+        yield _bar(what, must, (mean(lost), min(lost)), kept)
     else:
         yield Bar(what, must, "none was suspected", kept=True)
 
@@ -257,12 +257,15 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     named = f" ({', '.join(dict.fromkeys(run.implant for run in false))})" if false else ""
     said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
     share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
-    return "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share, "", _seen_by_few(runs)])
+    told = "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
+    return "\n\n".join(part for part in (told, _seen_by_few(runs)) if part)
 
 
 def _seen_by_few(runs: Sequence[Line]) -> str:
     """How many guarded runs break, on the counted images, what the verdict bounds on the few that are held out."""
     guarded = [run for run in runs if run.verdict == "guarded"]
+    if not guarded:
+        return ""
     flagged = [run for run in guarded if exceeds(run.flag_clean, _BOUNDS.false_alarms)]
     lost = [run for run in guarded if exceeds(run.undefended.target_recall - run.target_recall, _BOUNDS.recall_loss)]
     alarms, recall = 100 * _BOUNDS.false_alarms, 100 * _BOUNDS.recall_loss

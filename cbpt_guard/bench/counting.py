@@ -161,13 +161,17 @@ def shares(classify: Classify, planted: Sequence[PlantedTrigger], images: ImageS
 
 
 def recalls(before: Classify, after: Classify, names: Sequence[str], images: ImageSet) -> tuple[ClassRecall, ...]:
-    """The recall of some classes on clean images before and after; `InputError` where one has no image."""
+    """The recall of some classes on clean images before and after; a class of which none is counted has none."""
     labels, classes = images.labels, images.listing.classes
 
     def recall(classify: Classify, name: str) -> float:
         return metrics.class_recall(classify(None).predicted, labels, classes.index(name))
 
-    return tuple(ClassRecall(name=name, recall=recall(after, name), undefended=recall(before, name)) for name in names)
+    return tuple(
+        ClassRecall(name=name, recall=recall(after, name), undefended=recall(before, name))
+        for name in names
+        if (labels == classes.index(name)).any()
+    )
 
 
 def mean(pairs: Sequence[Shares]) -> Shares:

@@ -211,8 +211,9 @@ class Plan(_Frozen):
 
     def hours(self, groups: Sequence[Group]) -> float:
         """What groups are expected to take from an empty WORK on: implants included, and the control's `triggers`."""
-        planted = {group.suspect for group in groups if not group.control}
-        drawn = {name for group in groups if group.control for name in group.implants} - planted
+        made = {name for name, implant in self.implants.items() if implant.folder is None}
+        planted = {group.suspect for group in groups if not group.control} & made
+        drawn = {name for group in groups if group.control for name in group.implants} & made - planted
         making = len(planted) * self.minutes.get("implant", 0) + len(drawn) * self.minutes.get("trigger", 0)
         return (sum(group.minutes for group in groups) + making) / 60
 

@@ -77,7 +77,7 @@ def plant_folder(order: Order, out: Path, *, force: bool = False, progress: Prog
         made = implant_all(
             plot.opened.clip,
             plot.images,
-            plot.unseen,
+            load_images(plot.held_out, plot.opened.clip.preprocess, progress=progress),
             tuple(plot.poisons.values()),
             seed=order.seed,
             settings=plot.settings,
@@ -114,7 +114,7 @@ class _Plot(NamedTuple):
 
     opened: Suspect
     images: LabelledImages
-    unseen: LabelledImages
+    held_out: Listing
     settings: ImplantSettings
     poisons: dict[str, Poison]
 
@@ -130,12 +130,12 @@ def _plotted(order: Order, progress: Progress) -> _Plot:
     held_out = held_out.drawn(max(1, _MOST_COUNTED // len(held_out.classes)), order.seed)
     settings = recipe(opened.clip, tuple(order.attacks), order.changes)
     train = _fewer(train, settings.images, set(order.attacks.values()), order.seed)
-    images, unseen = (load_images(part, opened.clip.preprocess, progress=progress) for part in (train, held_out))
+    images = load_images(train, opened.clip.preprocess, progress=progress)
     poisons = {
         name: poison(name, Attacker(opened.clip, images, target, order.seed, order.template, progress))
         for name, target in targets.items()
     }
-    return _Plot(opened, images, unseen, settings, poisons)
+    return _Plot(opened, images, held_out, settings, poisons)
 
 
 def _write_triggers(plot: _Plot, folder: Path) -> None:

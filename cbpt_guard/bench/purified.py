@@ -7,6 +7,7 @@ from functools import partial
 
 from cbpt_guard.bench.settings import CBPT
 from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.record import RunMetrics, RunRecord
@@ -36,7 +37,7 @@ def purified_run(task: Task, settings: Settings) -> PurifyRun:
     """The task's run, made by whichever defence comes first.
 
     Raises:
-        CheckError: the folder holds a run of other settings, whose numbers would pass for those of these.
+        CheckError: the folder holds a run of other settings, or of another search, whose numbers would pass for its.
     """
     path = task.folder / _RUN
     make = partial(
@@ -54,6 +55,8 @@ def purified_run(task: Task, settings: Settings) -> PurifyRun:
     run = PurifyRun.open(path)
     if run.record.settings != settings.model_dump(mode="json"):
         raise CheckError(f"{path} was made with other settings; remove {task.folder}")
+    if run.record.search != SEARCH:
+        raise CheckError(f"{path} is of search {run.record.search or 'unknown'}, not {SEARCH}; remove {task.folder}")
     return run
 
 

@@ -32,7 +32,7 @@ def plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] 
     implant = plan.implants[name]
     folder = implant_folder(plan, name, places)
     if implant.folder is None:
-        with in_turn(folder):  # another shard may want the same triggers
+        with in_turn(folder):  # two suites may share the work folder
             if not folder.exists():
                 plant_folder(_order(plan, implant, places, device), folder)
     if not (folder / RECORD).exists():

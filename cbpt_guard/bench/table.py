@@ -90,10 +90,15 @@ def beside(found: Rows, row: Row) -> tuple[list[Line], list[Line]]:
 
 def wins(found: Rows, row: Row) -> list[str]:
     """Columns in which a rival's row is better than CBPT's under the same attack, by the seeds that both have."""
-    theirs, ours = beside(found, row)
-    if not ours or row.defense in NO_RIVALS or row.attack == CONTROL:
+    if not _is_compared(found, row):
         return []
+    theirs, ours = beside(found, row)
     return [name for name, sign in BETTER.items() if sign * (percents(theirs, name) - percents(ours, name)) > 0]
+
+
+def _is_compared(found: Rows, row: Row) -> bool:
+    """Whether the row is a rival's, under an attack that CBPT met with some of the same seeds."""
+    return row.defense not in NO_RIVALS and row.attack != CONTROL and bool(beside(found, row)[1])
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -173,7 +178,7 @@ def _lost(found: Rows) -> str:
     """Every cell that CBPT loses to a rival, by name."""
     if not any(row.defense == OURS for row in found):
         return ""
-    if all(row.defense in NO_RIVALS or row.defense == OURS for row in found):
+    if not any(_is_compared(found, row) for row in found):
         return "No rival was measured here."
     text = [_losses(found, row) for row in found if wins(found, row)]
     return "\n".join(["**Cells that CBPT loses to a rival**", "", *text]) if text else "CBPT loses no cell to a rival."
