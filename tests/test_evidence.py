@@ -131,6 +131,22 @@ def test_a_cell_is_compared_with_lines_of_the_implant_at_work_alone(commands: tu
     assert recheck.before([*others, *wanted], "badnet", "coop") == wanted
 
 
+def test_both_rules_of_a_seed_come_from_one_run(commands: tuple[ModuleType, ModuleType]) -> None:
+    """As docs/evidence.md says: what the run found, and so what it flags, is the same in both lines."""
+    evidence, _ = commands
+    lines = [*evidence.committed(), *evidence.committed(evidence.ADAPTIVE, evidence.ADAPTIVE_PLAN)]
+    found = {
+        rule: {
+            one.key._replace(defense="cbpt"): (one.undefended, one.flag_clean, one.flag_triggered, one.search)
+            for one in lines
+            if one.defense == rule
+        }
+        for rule in ("cbpt", "cbpt-prompts")
+    }
+    assert found["cbpt-prompts"]
+    assert found["cbpt-prompts"].items() <= found["cbpt"].items()
+
+
 def test_the_small_plan_plants_the_same_implant(commands: tuple[ModuleType, ModuleType]) -> None:
     _, recheck = commands
     plan = Plan.read(recheck.PLAN)
