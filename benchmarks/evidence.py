@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
-ROAD = HERE / "road.jsonl"
+ROAD, RECHECKS = HERE / "road.jsonl", HERE / "recheck.jsonl"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 DEVELOPED_WITH = "tiny-imagenet"
@@ -96,6 +96,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "adaptive": table(adaptive),
         "table": table(lines),
         "reads": reads(),
+        "rechecks": rechecks(read(RECHECKS)),
         "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
@@ -107,9 +108,28 @@ def reads() -> str:
     suite = sum(len(read(folder / READS)) for folder in (LINES, ADAPTIVE, ABLATIONS))
     road = sum(line["split"] == "test" for line in read(ROAD))
     return (
-        f"The test images were read by {suite} runs of the suite (`{READS}` beside the lines), and {road} times by "
-        f"`benchmarks/road.py` (`{ROAD.name}`); what `benchmarks/recheck.py` reads is not kept."
+        f"The test images were read by {suite} runs of the suite (`{READS}` beside the lines), {road} times by "
+        f"`benchmarks/road.py` (`{ROAD.name}`), and {len(read(RECHECKS))} times by `benchmarks/recheck.py` "
+        f"(`{RECHECKS.name}`)."
     )
+
+
+def rechecks(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what `benchmarks/recheck.py` measured again, with the committed mean and the stated spread behind."""
+    if not records:
+        return "None yet."
+    rows = [joined(("day", "seed", "implant", "rival", "minutes", "in %, committed in brackets", "agrees"))]
+    rows.append(joined(["---"] * 7))
+    for record in records:
+        inside = all(abs(one["found"] - one["committed"]) <= one["spread"] for one in record["compared"])
+        numbers = ", ".join(
+            f"{one['defense']} {one['column']} {100 * one['found']:.1f} "
+            f"({100 * one['committed']:.1f} ± {100 * one['spread']:.1f})"
+            for one in record["compared"]
+        )
+        about = (record["when"][:10], str(record["seed"]), record["implant"], record["rival"], str(record["minutes"]))
+        rows.append(joined((*about, numbers, "yes" if inside else "**no**")))
+    return "\n".join(rows)
 
 
 def progress(lines: Sequence[Line], asked_in: Path) -> str:

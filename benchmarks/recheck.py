@@ -7,7 +7,7 @@ and CA, ASR and PA must lie within three deviations of the committed lines: of t
 images, and of planting anew, taken together. The last is what the undefended CA (for PA, too: both are shares of right
 answers) and ASR differ by over the committed lines of different plantings of one attack, the largest of all attacks'.
 Of a share of 0 or 1 counting deviates as with one image more or less. `--work` must be new: nothing that an earlier run
-made is used.
+made is used. The comparison is appended to recheck.jsonl, which docs/evidence.md shows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import argparse
 import math
 import random
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
-from evidence import LINES, PLAN, committed
+from command import append, stamp
+from evidence import LINES, PLAN, RECHECKS, committed
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
 from cbpt_guard.bench.plan import Cells, Places, Plan
@@ -33,6 +36,25 @@ from cbpt_guard.metrics import standard_error
 SHOTS, DEVIATIONS = 16, 3
 COMPARED = {"ca": "ca", "asr": "asr", "pa": "ca"}
 """What is compared, and which undefended share tells how far plantings differ in it."""
+
+
+class Compared(NamedTuple):
+    """One share anew against the mean of the committed ones; `spread` is how far apart they may lie."""
+
+    defense: str
+    column: str
+    found: float
+    committed: float
+    spread: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the two agree."""
+        return abs(self.found - self.committed) <= self.spread
+
+    def __str__(self) -> str:
+        told = f"{100 * self.found:.1f} %, committed {100 * self.committed:.1f} ± {100 * self.spread:.1f}"
+        return f"{self.defense} {self.column}: {told}{'' if self.inside else ': DISAGREES'}"
 
 
 def main() -> None:
@@ -50,12 +72,16 @@ def main() -> None:
     sys.stdout.write(f"seed {args.seed} draws {rival} against CBPT on {implant}\n")
     plan = small_plan(Plan.read(PLAN), implant, rival)
     out = args.work / "lines.jsonl"
-    start = partial(prepare_torch, args.threads)
+    start, began = partial(prepare_torch, args.threads), time.monotonic()
     run_suite(plan, Places(tuple(args.root), args.work), out, split="test", start=start, report=print)
     again = read_lines(out)
-    planted = {name: replanted(lines, field) for name, field in COMPARED.items()}
-    same = [agree(name, before(lines, implant, name), again, planted) for name in (OURS, rival)]
-    sys.exit(0 if all(same) else 1)
+    planted = {field: replanted(lines, field) for field in COMPARED.values()}
+    told = [one for name in (OURS, rival) for one in compared(name, before(lines, implant, name), again, planted)]
+    sys.stdout.writelines(f"{one}\n" for one in told)
+    minutes = round((time.monotonic() - began) / 60, 1)
+    record = {"seed": args.seed, "implant": implant, "rival": rival, "minutes": minutes}
+    append(RECHECKS, record | {"compared": [one._asdict() for one in told], **stamp()})
+    sys.exit(0 if all(one.inside for one in told) else 1)
 
 
 def attacked(lines: Sequence[Line]) -> list[Line]:
@@ -90,24 +116,20 @@ def replanted(lines: Sequence[Line], field: str) -> float:
     return max((stdev(shares) for shares in found.values() if len(shares) > 1), default=0.0)
 
 
-def agree(defense: str, earlier: Sequence[Line], again: Sequence[Line], planted: Mapping[str, float]) -> bool:
-    """Whether every compared share lies within the stated spread; prints each."""
+def compared(
+    defense: str, earlier: Sequence[Line], again: Sequence[Line], planted: Mapping[str, float]
+) -> list[Compared]:
+    """Each share of the defence's new line against what was committed, with the spread that is stated above."""
     (new,) = (line for line in again if line.defense == defense)
-    kept = True
-    for name in COMPARED:
+    found = []
+    for name, replanting in COMPARED.items():
         shares = [getattr(line, name) for line in earlier]
         least = 1 / new.images
         counting = math.sqrt(2) * standard_error(min(max(mean(shares), least), 1 - least), new.images)
         seeds = stdev(shares) if len(shares) > 1 else 0.0
-        spread = DEVIATIONS * math.hypot(seeds, counting, planted[name])
-        found = getattr(new, name)
-        inside = abs(found - mean(shares)) <= spread
-        sys.stdout.write(
-            f"{defense} {name}: {100 * found:.1f} %, committed {100 * mean(shares):.1f} ± {100 * spread:.1f}"
-            f"{'' if inside else ': DISAGREES'}\n"
-        )
-        kept = kept and inside
-    return kept
+        spread = DEVIATIONS * math.hypot(seeds, counting, planted[replanting])
+        found.append(Compared(defense, name, getattr(new, name), mean(shares), spread))
+    return found
 
 
 if __name__ == "__main__":

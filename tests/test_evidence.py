@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from lines import line
@@ -158,23 +159,29 @@ def test_the_small_plan_plants_the_same_implant(commands: tuple[ModuleType, Modu
     assert small.implants["badnet"] == plan.implants["badnet"]
 
 
+def agree(recheck: ModuleType, *arguments: Any) -> bool:
+    found = recheck.compared(*arguments)
+    assert [one.column for one in found] == ["ca", "asr", "pa"]
+    return all(one.inside for one in found)
+
+
 def test_agreement_is_judged_by_the_stated_spread(commands: tuple[ModuleType, ModuleType]) -> None:
     _, recheck = commands
     committed = [line(defense="cbpt", seed=seed, ca=ca) for seed, ca in enumerate((0.50, 0.52, 0.54))]
-    still = dict.fromkeys(recheck.COMPARED, 0.0)
-    assert recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.56), line(defense="coop", ca=0)], still)
-    assert not recheck.agree("cbpt", committed, [line(defense="cbpt", ca=0.75)], still)
+    still = dict.fromkeys(recheck.COMPARED.values(), 0.0)
+    assert agree(recheck, "cbpt", committed, [line(defense="cbpt", ca=0.56), line(defense="coop", ca=0)], still)
+    assert not agree(recheck, "cbpt", committed, [line(defense="cbpt", ca=0.75)], still)
     alone = [line(defense="cbpt", ca=0.52, images=10_000)]
-    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.53, images=10_000)], still)
-    assert not recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still)
-    assert recheck.agree("cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still | {"ca": 0.02})
+    assert agree(recheck, "cbpt", alone, [line(defense="cbpt", ca=0.53, images=10_000)], still)
+    assert not agree(recheck, "cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still)
+    assert agree(recheck, "cbpt", alone, [line(defense="cbpt", ca=0.55, images=10_000)], still | {"ca": 0.02})
 
 
 def test_none_of_many_agrees_with_one_of_them_and_not_with_many(commands: tuple[ModuleType, ModuleType]) -> None:
     _, recheck = commands
-    none, still = [line(defense="cbpt", asr=0.0, images=5000)], dict.fromkeys(recheck.COMPARED, 0.0)
-    assert recheck.agree("cbpt", none, [line(defense="cbpt", asr=0.0002, images=5000)], still)
-    assert not recheck.agree("cbpt", none, [line(defense="cbpt", asr=0.01, images=5000)], still)
+    none, still = [line(defense="cbpt", asr=0.0, images=5000)], dict.fromkeys(recheck.COMPARED.values(), 0.0)
+    assert agree(recheck, "cbpt", none, [line(defense="cbpt", asr=0.0002, images=5000)], still)
+    assert not agree(recheck, "cbpt", none, [line(defense="cbpt", asr=0.01, images=5000)], still)
 
 
 def test_plantings_differ_by_what_their_undefended_shares_do(commands: tuple[ModuleType, ModuleType]) -> None:
@@ -184,6 +191,28 @@ def test_plantings_differ_by_what_their_undefended_shares_do(commands: tuple[Mod
     lines = [line(implant=name, undefended=shares.model_copy(update={"ca": ca})) for name, ca in cas]
     assert recheck.replanted(lines, "ca") == pytest.approx(0.02 / 2**0.5)
     assert recheck.replanted(lines, "asr") == 0
+
+
+def test_a_recheck_is_told_as_it_came_out(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, recheck = commands
+    kept = recheck.Compared("cbpt", "ca", 0.54, 0.55, 0.02)
+    lost = recheck.Compared("coop", "asr", 0.5, 0.9, 0.1)
+    assert str(lost) == "coop asr: 50.0 %, committed 90.0 ± 10.0: DISAGREES"
+    record = {
+        "seed": 1,
+        "implant": "badnet",
+        "rival": "coop",
+        "minutes": 12.3,
+        "machine": "2 cores",
+        "when": "2026-11-29T06:20:00",
+    }
+    told = evidence.rechecks(
+        [record | {"compared": [kept._asdict()]}, record | {"compared": [kept._asdict(), lost._asdict()]}]
+    )
+    first, second = told.splitlines()[2:]
+    assert first.startswith("| 2026-11-29 | 1 | badnet | coop | 12.3 | cbpt ca 54.0 (55.0 ± 2.0) | yes |")
+    assert second.endswith("coop asr 50.0 (90.0 ± 10.0) | **no** |")
+    assert evidence.rechecks([]) == "None yet."
 
 
 @measured
