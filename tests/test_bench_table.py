@@ -218,6 +218,19 @@ def test_the_control_stands_in_a_table_of_its_own() -> None:
     assert cells(second, "none")[5] == "0.2"
 
 
+def test_what_is_lost_on_the_clean_model_is_marked_and_counted() -> None:
+    clean = [
+        line(attack="none", took=None, implant=name, defense=defense, ca=ca, pa=pa)
+        for name in ("badnet", "sig")
+        for defense, ca, pa in (("cbpt", 0.5, 0.4), ("coop", 0.52, 0.4 if name == "sig" else 0.41), ("probe", 0.4, 0.4))
+    ]
+    text = table([*OURS, *clean])
+    second = text.split("the clean model under the same triggers**")[1]
+    assert cells(second, "coop")[4:7] == ["**52.0**", "90.0", "**41.0**"]
+    assert "- clean model of digits, 16 shots, coop: CA under 2 triggers, PA under 1 trigger\n" in text
+    assert "16 shots, probe" not in text
+
+
 def test_an_attack_that_did_not_take_is_said_to_be_none() -> None:
     assert cells(table([line(took=False)]), "none")[0] == "badnet (did not take: not counted)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -97,8 +98,8 @@ def wins(found: Rows, row: Row) -> list[str]:
 
 
 def _is_compared(found: Rows, row: Row) -> bool:
-    """Whether the row is a rival's, under an attack that CBPT met with some of the same seeds."""
-    return row.defense not in NO_RIVALS and row.attack != CONTROL and bool(beside(found, row)[1])
+    """Whether the row is a rival's, and CBPT met the same, attacked or clean, with some of the same seeds."""
+    return row.defense not in NO_RIVALS and bool(beside(found, row)[1])
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -175,13 +176,28 @@ def joined(cells: Iterable[str]) -> str:
 
 
 def _lost(found: Rows) -> str:
-    """Every cell that CBPT loses to a rival, by name."""
+    """Every cell that CBPT loses to a rival, by name; of the clean model, whose rows are alike, how many."""
     if not any(row.defense == OURS for row in found):
         return ""
-    if not any(_is_compared(found, row) for row in found):
+    compared = [row for row in found if _is_compared(found, row)]
+    if not compared:
         return "No rival was measured here."
-    text = [_losses(found, row) for row in found if wins(found, row)]
+    attacked = [_losses(found, row) for row in compared if row.attack != CONTROL and wins(found, row)]
+    text = attacked + _lost_on_clean(found, [row for row in compared if row.attack == CONTROL])
     return "\n".join(["**Cells that CBPT loses to a rival**", "", *text]) if text else "CBPT loses no cell to a rival."
+
+
+def _lost_on_clean(found: Rows, compared: Sequence[Row]) -> list[str]:
+    """A line for each rival, data set and number of shots: in what it is better on the clean model, and how often."""
+    lost: dict[tuple[str, int, str], Counter[str]] = {}
+    for row in compared:
+        lost.setdefault((row.dataset, row.shots, row.defense), Counter()).update(wins(found, row))
+    return [
+        f"- clean model of {dataset}, {counted_shots(shots)}, {name}: "
+        + ", ".join(f"{column} under {times} trigger{'s' if times > 1 else ''}" for column, times in cells.items())
+        for (dataset, shots, name), cells in lost.items()
+        if cells
+    ]
 
 
 def _losses(found: Rows, row: Row) -> str:
