@@ -17,6 +17,7 @@ from digits import task_of
 from quick_cbpt import SETTINGS
 
 from cbpt_guard.bench import settings as rivals
+from cbpt_guard.bench.cell import measure
 from cbpt_guard.bench.cleanclip import cleanclip
 from cbpt_guard.bench.coop import coop
 from cbpt_guard.bench.defenses import ensemble
@@ -24,9 +25,11 @@ from cbpt_guard.bench.finetune import ft
 from cbpt_guard.bench.optimised import OptimisedSettings, badclip, trojvqa
 from cbpt_guard.bench.oracle import oracle
 from cbpt_guard.bench.par import par
+from cbpt_guard.bench.plan import Cells, Dataset, Implant, Places, Plan
 from cbpt_guard.bench.planting import Order, plant_folder
 from cbpt_guard.bench.probe import probe
 from cbpt_guard.bench.prompted import clean_prompts
+from cbpt_guard.bench.suspects import provide
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.found import encode
@@ -88,6 +91,22 @@ def main(device: str, suspect: Path, data: Path, work: Path) -> None:
 
     for name, defense in DEFENSES.items():
         say(name, partial(asr, defense))
+    for name in ("none", "quick_cbpt:quick"):
+        say(f"cell of {name}", partial(counted_asr, name, suspect, data, work, device))
+
+
+def counted_asr(defense: str, suspect: Path, data: Path, work: Path, device: str) -> float:
+    """As `bench run --device` counts it: a cell of a plan, from the draw of its shots to its line."""
+    target = load_trigger(suspect.parent).target
+    dataset = Dataset(model=str(suspect), train=str(data), clean=str(data), test=str(data))
+    plan = Plan(
+        datasets={"digits": dataset},
+        implants={"badnet": Implant(dataset="digits", attacks={"badnet": target}, folder=str(suspect.parent))},
+        cells=(Cells(implants=("badnet",), defenses=(defense,), shots=(8,)),),
+    )
+    (group,) = plan.groups()
+    (line,) = measure(provide(plan, group, Places((Path("/"),), work / "bench"), "clean", device))
+    return line.asr
 
 
 def say(name: str, part: Callable[[], object]) -> None:

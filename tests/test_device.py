@@ -53,5 +53,7 @@ def test_everything_stays_on_its_device(device: str, digits_suspect: DigitsSuspe
     assert parts["purify"]["outcome"] == [digits_suspect.target]
     assert parts["ensemble"]["outcome"] > 0.9, "it defends nothing"
     assert parts["oracle"]["outcome"] < 0.1
+    assert parts["cell of none"]["outcome"] > 0.9
+    assert parts["cell of quick_cbpt:quick"]["outcome"] < 0.1, "counted through its exported bundle"
     if device == NAME:
         assert min(part["operations"] for part in parts.values()) > LEAST
