@@ -265,6 +265,12 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
     text = table([one, two, other, *unattacked])
     assert "1 of 2 attacks have lines with differing undefended shares" in text
     assert "The undefended CA differs by up to 1.2 points there, the ASR by up to 3.0." in text
+    assert "another planting" not in text, "CBPT is not among them"
+    met = [line(split="test", defense=name, undefended=one) for name in ("cbpt", "coop") for one in several[:1]]
+    other = line(split="test", defense="probe", seed=0, undefended=again)
+    assert "another planting" not in table(met)
+    text = table([*met, line(split="test", defense="cbpt", seed=1), line(split="test", defense="coop", seed=1), other])
+    assert "In 1 of 2 seeds CBPT met another planting than a defence beside it: badnet 0." in text
     elsewhere = line(seed=1, undefended=again)
     assert "planted again" not in table([line(), elsewhere]), "other shots leave other images to count"
 

@@ -242,7 +242,24 @@ def _plantings(lines: Sequence[Line]) -> str:
         f"{len(several)} of {len(found)} attacks have lines with differing undefended shares: they were planted again "
         "by the same recipe, or counted on another machine. The undefended CA differs by up to "
         f"{100 * ca:.{_DIGITS}f} points there, the ASR by up to {100 * asr:.{_DIGITS}f}."
+        + _beside_another(found.values())
     )
+
+
+def _beside_another(groups: Iterable[Sequence[Line]]) -> str:
+    """With which seeds CBPT met another planting of an attack than a defence that it is held against."""
+    lines = [line for group in groups for line in group]
+    met = {(one.implant, one.seed, one.shots): one.undefended for one in lines if one.defense == OURS}
+    places = {(one.implant, one.seed, one.shots) for one in lines if one.defense != OURS} & set(met)
+    apart = {
+        place
+        for place in places
+        if any(one.undefended != met[place] for one in lines if (one.implant, one.seed, one.shots) == place)
+    }
+    if not apart:
+        return ""
+    names = ", ".join(f"{implant} {seed}" for implant, seed, _ in sorted(apart))
+    return f" In {len(apart)} of {len(places)} seeds CBPT met another planting than a defence beside it: {names}."
 
 
 def _cost(found: Rows) -> str:
