@@ -20,6 +20,7 @@ from cbpt_guard.bench.purified import cbpt, cbpt_prompts
 from cbpt_guard.bench.rival import shot_features
 from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.found import Family
 from cbpt_guard.defense.journal import generator
@@ -139,6 +140,14 @@ def test_a_run_of_other_settings_is_refused(unchanged: tuple[Defended, Defended]
     other = SETTINGS.model_copy(update={"anchor": SETTINGS.anchor.model_copy(update={"strength": 3.0})})
     with pytest.raises(CheckError, match="other settings; remove"):
         cbpt(task, other)
+
+
+def test_a_run_of_another_search_is_refused(
+    unchanged: tuple[Defended, Defended], task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbpt_guard.bench.purified.SEARCH", SEARCH + 1)
+    with pytest.raises(CheckError, match=f"is of search {SEARCH}, not {SEARCH + 1}; remove"):
+        cbpt(task, SETTINGS)
 
 
 def test_a_copy_by_prompts_of_another_run_is_refused(unchanged: tuple[Defended, Defended], task: Task) -> None:
