@@ -229,6 +229,7 @@ def test_what_is_lost_on_the_clean_model_is_marked_and_counted() -> None:
     assert cells(second, "coop")[4:7] == ["**52.0**", "90.0", "**41.0**"]
     assert "- clean model of digits, 16 shots, coop: CA under 2 triggers, PA under 1 trigger\n" in text
     assert "16 shots, probe" not in text
+    assert "- badnet, 16 shots, coop" not in text, "they are counted, not named one by one"
 
 
 def test_an_attack_that_did_not_take_is_said_to_be_none() -> None:

@@ -86,10 +86,15 @@ def test_what_did_not_take_is_kept_and_said(digits_clean: DigitsModel, train: Pa
     assert (tmp_path / "short" / "suspect.pt").exists()
 
 
-def test_two_triggers_lie_in_folders_of_their_own(digits_clean: DigitsModel, train: Path, tmp_path: Path) -> None:
+def test_two_triggers_lie_in_folders_of_their_own(
+    digits_clean: DigitsModel, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each is counted on no more images than are asked for."""
+    monkeypatch.setattr(planting, "_MOST_COUNTED", 20)
     attacks = {"wanet": "two", "badnet": "nine"}
     order = Order(digits_clean.checkpoint, attacks, list_images(train), changes=FAST)
     record = plant_folder(order, tmp_path / "two")
+    assert [report.images for report in record.reports] == [20, 20]
     assert [report.target for report in record.reports] == ["two", "nine"]
     found = planted_triggers(Implant(dataset="digits", attacks=attacks), tmp_path / "two")
     assert {(pair.trigger.kind, pair.target) for pair in found} == {("warp", "two"), ("patch", "nine")}
