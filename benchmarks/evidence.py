@@ -16,7 +16,7 @@ import tempfile
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from command import read
 from pages import filled
@@ -47,6 +47,25 @@ SEEN = {
 """What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold or
 what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh masks) or where a share comes
 from was looked at."""
+
+
+class Compared(NamedTuple):
+    """One share measured again, the mean of the committed ones, and how far apart the two may lie."""
+
+    defense: str
+    column: str
+    found: float
+    committed: float
+    spread: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the two agree."""
+        return abs(self.found - self.committed) <= self.spread
+
+    def __str__(self) -> str:
+        committed = f"({100 * self.committed:.1f} ± {100 * self.spread:.1f})"
+        return f"{self.defense} {self.column} {100 * self.found:.1f} {committed}"
 
 
 def main() -> None:
@@ -121,14 +140,10 @@ def rechecks(records: Sequence[dict[str, Any]]) -> str:
     rows = [joined(("day", "seed", "implant", "rival", "minutes", "in %, committed in brackets", "agrees"))]
     rows.append(joined(["---"] * 7))
     for record in records:
-        inside = all(abs(one["found"] - one["committed"]) <= one["spread"] for one in record["compared"])
-        numbers = ", ".join(
-            f"{one['defense']} {one['column']} {100 * one['found']:.1f} "
-            f"({100 * one['committed']:.1f} ± {100 * one['spread']:.1f})"
-            for one in record["compared"]
-        )
+        shares = [Compared(**one) for one in record["compared"]]
         about = (record["when"][:10], str(record["seed"]), record["implant"], record["rival"], str(record["minutes"]))
-        rows.append(joined((*about, numbers, "yes" if inside else "**no**")))
+        agrees = "yes" if all(one.inside for one in shares) else "**no**"
+        rows.append(joined((*about, ", ".join(map(str, shares)), agrees)))
     return "\n".join(rows)
 
 

@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 from command import append, stamp
-from evidence import LINES, PLAN, RECHECKS, committed
+from evidence import LINES, PLAN, RECHECKS, Compared, committed
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
 from cbpt_guard.bench.plan import Cells, Places, Plan
@@ -36,25 +35,6 @@ from cbpt_guard.metrics import standard_error
 SHOTS, DEVIATIONS = 16, 3
 COMPARED = {"ca": "ca", "asr": "asr", "pa": "ca"}
 """What is compared, and which undefended share tells how far plantings differ in it."""
-
-
-class Compared(NamedTuple):
-    """One share anew against the mean of the committed ones; `spread` is how far apart they may lie."""
-
-    defense: str
-    column: str
-    found: float
-    committed: float
-    spread: float
-
-    @property
-    def inside(self) -> bool:
-        """Whether the two agree."""
-        return abs(self.found - self.committed) <= self.spread
-
-    def __str__(self) -> str:
-        told = f"{100 * self.found:.1f} %, committed {100 * self.committed:.1f} ± {100 * self.spread:.1f}"
-        return f"{self.defense} {self.column}: {told}{'' if self.inside else ': DISAGREES'}"
 
 
 def main() -> None:
@@ -77,7 +57,7 @@ def main() -> None:
     again = read_lines(out)
     planted = {field: replanted(lines, field) for field in COMPARED.values()}
     told = [one for name in (OURS, rival) for one in compared(name, before(lines, implant, name), again, planted)]
-    sys.stdout.writelines(f"{one}\n" for one in told)
+    sys.stdout.writelines(f"{one}{'' if one.inside else ': DISAGREES'}\n" for one in told)
     minutes = round((time.monotonic() - began) / 60, 1)
     record = {"seed": args.seed, "implant": implant, "rival": rival, "minutes": minutes}
     append(RECHECKS, record | {"compared": [one._asdict() for one in told], **stamp()})

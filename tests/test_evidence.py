@@ -199,7 +199,7 @@ def test_a_recheck_is_told_as_it_came_out(commands: tuple[ModuleType, ModuleType
     evidence, recheck = commands
     kept = recheck.Compared("cbpt", "ca", 0.54, 0.55, 0.02)
     lost = recheck.Compared("coop", "asr", 0.5, 0.9, 0.1)
-    assert str(lost) == "coop asr: 50.0 %, committed 90.0 ± 10.0: DISAGREES"
+    assert str(lost) == "coop asr 50.0 (90.0 ± 10.0)"
     record = {
         "seed": 1,
         "implant": "badnet",
