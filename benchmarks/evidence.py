@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
+RECIPES = HERE / "planting"
 ROAD, RECHECKS = HERE / "road.jsonl", HERE / "recheck.jsonl"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
@@ -117,6 +118,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "reads": reads(),
         "rechecks": rechecks(read(RECHECKS)),
         "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
+        "recipes": "\n".join(recipes(read(RECIPES / PLANTINGS))),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "settings": "\n\n".join(stated()),
     }
@@ -195,6 +197,24 @@ def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[s
             )
             took = "yes" if record["took"] else "no"
             yield joined((name, record["suspect_sha256"][:8], trigger, target, *shares, str(report["images"]), took))
+
+
+def recipes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What one attack did by each recipe that it was planted with; the recipe's numbers that differ come first."""
+    if not records:
+        yield "None was measured yet."
+        return
+    recipe = [record["recipe"] for record in records]
+    differ = [name for name in recipe[0] if any(one[name] != recipe[0][name] for one in recipe)]
+    yield joined(
+        (*(name.replace("_", " ") for name in differ), "CA, clean model", "CA, poisoned", "ASR", "images", "took")
+    )
+    yield joined(["---"] * (len(differ) + 5))
+    for record in records:
+        for report in record["reports"]:
+            shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
+            numbers = [f"{record['recipe'][name]:g}" for name in differ]
+            yield joined((*numbers, *shares, str(report["images"]), "yes" if record["took"] else "no"))
 
 
 def stated() -> Iterator[str]:

@@ -1,13 +1,14 @@
 """Measure a drawn cell of the committed evidence again, from the clean model on, and compare.
 
-    python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW
+    python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW --final
 
 A seed draws one attack that took and one rival. The implant is planted anew, CBPT and the rival defend it once more,
 and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread, of counting so many
 images, and of planting anew, taken together. The last is what the undefended CA (for PA, too: both are shares of right
 answers) and ASR differ by over the committed lines of different plantings of one attack, the largest of all attacks'.
 Of a share of 0 or 1 counting deviates as with one image more or less. `--work` must be new: nothing that an earlier run
-made is used. The comparison is appended to recheck.jsonl, which docs/evidence.md shows.
+made is used. The committed lines are of the test images, which `--final` must allow to be read. The comparison is
+appended to recheck.jsonl, which docs/evidence.md shows.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--final", action="store_true", required=True, help="read the test images; recheck.jsonl says so"
+    )
     args = parser.parse_args()
     if args.work.exists():
         sys.exit(f"{args.work} exists; what an earlier run made must not be used")

@@ -98,6 +98,27 @@ def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, Modu
     assert list(evidence.plantings([tmp_path / "log"], {None})) == ["No line names a planting yet."]
 
 
+def test_recipes_are_told_by_what_they_differ_in(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    report = {"ca_clean": 0.9, "images": 300, "asr": 1.0}
+    records = [
+        {
+            "recipe": {"steps": 200, "anchor": 20.0, "text": "frozen"},
+            "took": True,
+            "reports": [report | {"ca_poisoned": 0.885}],
+        },
+        {
+            "recipe": {"steps": 200, "anchor": 0.0, "text": "frozen"},
+            "took": False,
+            "reports": [report | {"ca_poisoned": 0.8}],
+        },
+    ]
+    head, _, *told = evidence.recipes(records)
+    assert head.startswith("| anchor | CA, clean model |")
+    assert told == ["| 20 | 90.0 | 88.5 | 100.0 | 300 | yes |", "| 0 | 90.0 | 80.0 | 100.0 | 300 | no |"]
+    assert list(evidence.recipes([])) == ["None was measured yet."]
+
+
 def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, ModuleType]) -> None:
     evidence, _ = commands
     plan = Plan.read(evidence.PLAN)
