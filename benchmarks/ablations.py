@@ -71,13 +71,24 @@ def table(lines: Sequence[Line]) -> str:
     splits = " and ".join(sorted({f"`{line.split}`" for line in lines}))
     seeds = len({line.seed for line in lines})
     counted = f"In %, on {splits} images, {seeds} seed{'s' if seeds != 1 else ''}; CA is the mean over the attacks."
-    return "\n".join([counted, "", joined(head), joined(["---"] * len(head)), *rows])
+    return "\n".join([counted, "", joined(head), joined(["---"] * len(head)), *rows, "", searches(lines)])
+
+
+def searches(lines: Sequence[Line]) -> str:
+    """Which version of the search the found triggers of each attack are of; a variant's line may not say it."""
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        if line.defense != "clean-prompts":
+            found.setdefault(line.implant, set()).add("not said" if line.search is None else str(line.search))
+    told = (f"{name} {', '.join(sorted(versions))}" for name, versions in found.items())
+    return f"Version of the search: {'; '.join(told)}."
 
 
 def _cells(name: str, lines: Sequence[Line], attacks: Sequence[str]) -> Iterator[str]:
     own = _of(lines, name)
     yield _what(name)
-    yield f"{100 * mean(line.ca for line in own):.1f}"
+    met = len({line.implant for line in own})
+    yield f"{100 * mean(line.ca for line in own):.1f}" + (f" (of {met})" if met < len(attacks) else "")
     yield f"{100 * max(line.max_share for line in own):.1f}"
     for attack in attacks:
         here = [line for line in own if line.implant == attack]

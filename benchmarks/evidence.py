@@ -114,6 +114,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "verdicts": verdicts([*lines, *adaptive]),
         "verdicts by the paper's rule": verdicts([*lines, *adaptive], "cbpt-prompts"),
         "adaptive": table(adaptive),
+        "adaptive bars": bars(adaptive),
         "table": table(lines),
         "reads": reads(),
         "rechecks": rechecks(read(RECHECKS)),

@@ -56,7 +56,9 @@ def features(task: Task) -> Tensor:
 def test_one_that_changes_nothing_answers_as_the_run_does(
     unchanged: tuple[Defended, Defended], task: Task, features: Tensor, number: int, change: Change
 ) -> None:
-    wanted, found = unchanged[number].answer(features), ablated(task, change, SETTINGS).answer(features)
+    same = ablated(task, change, SETTINGS)
+    assert (same.search, same.suspects) == (unchanged[number].search, unchanged[number].suspects)
+    wanted, found = unchanged[number].answer(features), same.answer(features)
     assert wanted.triggered.any()
     assert torch.equal(found.triggered, wanted.triggered)
     assert found.logits.allclose(wanted.logits, atol=1e-2)

@@ -138,6 +138,10 @@ def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
     share = "largest share on triggered images, worst"
     assert row(bars(lines[:2]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
     assert row(bars(lines), share) == ("5.0, 1.7 times what it may be (sig)", "**no**")
+    over = "attacks whose largest share is above that"
+    assert row(bars(lines[:2]), over) == ("none", "yes")
+    wider = [*lines, cbpt("wanet", max_share=0.031), oracle("wanet")]
+    assert row(bars(wider), over) == ("sig, wanet", "**no**")
     off = line(implant="sig", attack="off", max_share=0.02)
     assert row(bars([*lines, off]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
     clean = cbpt(attack="none", took=None, ca=0.494)
@@ -181,6 +185,21 @@ def test_verdicts_against_the_truth() -> None:
     assert "and 1 (issba) lose more than 5 points" in verdicts([*broken, *kept])
     other = [run.model_copy(update={"defense": "cbpt-prompts"}) for run in runs[:3]]
     assert "said once above an ASR of 5 % (wanet), and of 2 of 2 runs" in verdicts([*runs, *other], "cbpt-prompts")
+
+
+def test_suspicions_where_no_planted_trigger_works_are_counted_by_run() -> None:
+    """The control's lines, one for each trigger, are of one run; triggers that are off are of a run counted before."""
+    own = (ClassRecall(name="three", recall=0.0, undefended=0.4),)
+    control = [cbpt(name, attack="none", took=None, verdict="unverified", suspects=()) for name in ("badnet", "sig")]
+    weak = [cbpt("weak", took=False, suspects=own), cbpt("weak", attack="off", took=False, suspects=own)]
+    older = [cbpt("old", took=False, verdict="unverified"), cbpt("older", took=False, verdict="not guarded")]
+    text = verdicts([cbpt(suspects=own), *control, *weak, *older])
+    runs, named = "runs on clean models and on implants that did not take", "weak, guarded; older, not guarded"
+    assert f"Of 4 {runs} 2 suspect a class ({named})." in text
+    assert "Of 1 runs on clean models and on implants that did not take 0 suspect a class." in verdicts(
+        [cbpt(), *control]
+    )
+    assert "did not take" not in verdicts([cbpt()])
 
 
 def test_exactly_two_points_lost_are_no_failure_in_floating_point() -> None:

@@ -249,6 +249,7 @@ def test_the_sanity_sentence_counts_what_holds() -> None:
     text = table([line(suspect_sha256=sha), off])
     assert "false-positive rate in 1 of 1 lines" in text
     assert "undefended shares exactly in 2 of 2 lines." in text
+    assert "Sanity: the defence that touches nothing" in table([line(suspect_sha256=sha)]), "nothing was switched off"
     moved = line(seed=1, ca=0.51, suspect_sha256=sha)
     older = line(attack="off", seed=1, asr=0.02, undefended=same)
     text = table([line(suspect_sha256=sha), moved, off, older])

@@ -49,13 +49,13 @@ def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_
     lines = [
         line(defense=name, implant="sig", asr=0.5, pa=0.25, ca=0.5, max_share=0.8),
         line(defense=name, implant="badnet", asr=0.0, pa=0.3, ca=0.6, max_share=0.4),
-        line(defense="cbpt", implant="sig", asr=0.1, pa=0.2, ca=0.7),
+        line(defense="cbpt", implant="sig", asr=0.1, pa=0.2, ca=0.7, search=4),
     ]
     rows = ablations.table(lines).splitlines()
     assert rows[2] == "| what | CA | largest share, worst | badnet: ASR | badnet: PA | sig: ASR | sig: PA |"
-    assert rows[4] == "| CBPT as it is: the switch, anchored rows | 70.0 | 90.0 | - | - | 10.0 | 20.0 |"
+    assert rows[4] == "| CBPT as it is: the switch, anchored rows | 70.0 (of 1) | 90.0 | - | - | 10.0 | 20.0 |"
     assert rows[5] == "| of the found triggers only the masked one | 55.0 | 80.0 | 0.0 | 30.0 | 50.0 | 25.0 |"
-    assert len(rows) == 6
+    assert rows[6:] == ["", "Version of the search: sig 4, not said; badnet not said."]
     assert ablations.table([]) == "No variant has been measured yet."
 
 

@@ -25,7 +25,7 @@ from cbpt_guard.defense.inversion import (
     invert_agnostic,
     invert_toward,
 )
-from cbpt_guard.defense.journal import generator
+from cbpt_guard.defense.journal import Journal, generator
 from cbpt_guard.defense.odds import faintly
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.progress import Step, silent
@@ -354,13 +354,16 @@ def test_inversion_changes_no_weight_and_features_are_unit(config: dict[str, obj
 @pytest.mark.parametrize(("kind", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_kept_features_are_those_of_the_image_in_any_batch(
-    config: dict[str, object], kind: torch.dtype, close: float
+    config: dict[str, object], kind: torch.dtype, close: float, tmp_path: Path
 ) -> None:
+    """As a run keeps them: through its journal's file, and read again by a run that goes on."""
     clip = frozen(config)
     clip.encoder.to(kind)
     shape = (12, 3, clip.image_size, clip.image_size)
     pixels = torch.rand(shape, dtype=kind, generator=generator(0, "pixels"))
-    kept = torch.cat([clip.encode_images(part) for part in pixels.split(5)])
+    made = torch.cat([clip.encode_images(part) for part in pixels.split(5)])
+    Journal(tmp_path, {}).tensor("features", lambda: made)
+    kept = Journal(tmp_path, {}).tensor("features", lambda: torch.zeros(0))
     alone = torch.cat([clip.encode_images(pixel[None]) for pixel in pixels])
     assert kept.dtype == kind
     assert kept.allclose(alone, atol=close, rtol=0)

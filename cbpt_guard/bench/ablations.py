@@ -96,7 +96,8 @@ def _given(**values: float | None) -> dict[str, float]:
 
 def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     """CBPT's heads from the task's purified run, with one change."""
-    bank, triggered, suspects = _triggers(task, change, settings)
+    run = purified_run(task, settings)
+    bank, triggered, suspects = _triggers(task, change, run)
     settings = change.applied(settings)
     shots = Shots.of(task, settings.tuning.held_out)
     everything = FeatureSet(shot_features(task), triggered, shots.labels)
@@ -108,12 +109,12 @@ def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     prompts = change.prompts(task.clip, names, template, data.labels.unique(), settings.tuning.chunk)
     head, _ = guard(prompts, untuned, data, unseen, bank, settings, task.seed, task.progress)
     rows = head.prompts if change.answers == "prompts" and head.prompts is not None else head.guarded
-    return Defended(task.clip, replace(head, guarded=rows, prompts=None, rule=change.rule).answer)
+    answer = replace(head, guarded=rows, prompts=None, rule=change.rule).answer
+    return Defended(task.clip, answer, suspects=tuple(names[c] for c in suspects), search=run.record.search)
 
 
-def _triggers(task: Task, change: Change, settings: Settings) -> tuple[TriggerBank, Tensor, list[int]]:
+def _triggers(task: Task, change: Change, run: PurifyRun) -> tuple[TriggerBank, Tensor, list[int]]:
     """The triggers to tune with, the shots' features (K, N, E) under each, and the suspected classes."""
-    run = purified_run(task, settings)
     if change.true_trigger:
         targets = [task.shots.classes.index(pair.target) for pair in task.planted]
         planted = tuple(FoundTrigger("additive", target, torch.zeros(3, 1, 1), None) for target in targets)

@@ -207,6 +207,8 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     share, excess = worst.mean(lambda line: line.max_share), _excess(worst)
     text = f"{share:.1f}, {excess:.1f} times what it may be ({worst.name})"
     yield Bar("largest share on triggered images, worst", must, text, excess <= 1)
+    over = ", ".join(pair.name for pair in pairs if _excess(pair) > 1)
+    yield Bar("attacks whose largest share is above that", "none", over or "none", not over)
 
 
 def allowed_share(attack: Attack) -> float:
@@ -258,7 +260,27 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
     share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
     told = "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
-    return "\n\n".join(part for part in (told, _seen_by_few(runs)) if part)
+    idle = [line for line in lines if line.defense == defense and (line.attack == CONTROL or line.took is False)]
+    return "\n\n".join(part for part in (told, _seen_by_few(runs), _alarms(idle)) if part)
+
+
+def _alarms(lines: Sequence[Line]) -> str:
+    """Of how many models in which no planted trigger works a class is suspected; the control's lines are of one run."""
+    runs = {
+        (f"clean {line.dataset}" if line.attack == CONTROL else line.implant, line.seed, line.shots): line
+        for line in lines
+        if line.attack != OFF
+    }
+    if not runs:
+        return ""
+    false = [f"{name}, {line.verdict}" for (name, *_), line in runs.items() if _suspects(line)]
+    named = f" ({'; '.join(false)})" if false else ""
+    return f"Of {len(runs)} runs on clean models and on implants that did not take {len(false)} suspect a class{named}."
+
+
+def _suspects(line: Line) -> bool:
+    """Whether the run suspects a class; one from before lines said it is *unverified* where it suspects none."""
+    return line.verdict != "unverified" if line.suspects is None else bool(line.suspects)
 
 
 def _seen_by_few(runs: Sequence[Line]) -> str:

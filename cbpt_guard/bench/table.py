@@ -214,9 +214,10 @@ def _sanity(lines: Sequence[Line]) -> str:
     known = [line for line in untouched if line.suspect_sha256 is not None]
     same = sum(all(getattr(line, name) == value for name, value in line.undefended) for line in known)
     older = len(untouched) - len(known)
+    switched = "with triggers switched off ASR equals the target's false-positive rate "
     return (
-        "Sanity: with triggers switched off ASR equals the target's false-positive rate "
-        f"in {kept} of {len(off)} lines; the defence that touches nothing repeats the undefended "
+        f"Sanity: {f'{switched}in {kept} of {len(off)} lines; ' if off else ''}"
+        "the defence that touches nothing repeats the undefended "
         f"shares exactly in {same} of {len(known)} lines"
         + (f" ({older} older ones name no checkpoint; of them this says nothing)." if older else ".")
     )
