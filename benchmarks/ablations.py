@@ -33,6 +33,8 @@ WHOLE = {
     "clean-prompts": "the paper's rule without stage 1: prompts tuned on clean images alone",
 }
 """The methods that the variants are held against, from the evidence's own lines."""
+UNSEARCHED = ("clean-prompts", "cbpt_guard.bench.ablations:true_trigger")
+"""Those that no found trigger is in."""
 
 
 def main() -> None:
@@ -70,18 +72,19 @@ def table(lines: Sequence[Line]) -> str:
     rows = [joined(_cells(name, lines, attacks)) for name in dict.fromkeys(order) if _of(lines, name)]
     splits = " and ".join(sorted({f"`{line.split}`" for line in lines}))
     seeds = len({line.seed for line in lines})
-    counted = f"In %, on {splits} images, {seeds} seed{'s' if seeds != 1 else ''}; CA is the mean over the attacks."
+    of = f"on {splits} images, {seeds} seed{'s' if seeds != 1 else ''}"
+    counted = f"In %, {of}; CA is the mean over the attacks, where (of n) stands over n of them."
     return "\n".join([counted, "", joined(head), joined(["---"] * len(head)), *rows, "", searches(lines)])
 
 
 def searches(lines: Sequence[Line]) -> str:
-    """Which version of the search the found triggers of each attack are of; a variant's line may not say it."""
+    """Which version of the search the found triggers of each attack are of, as far as lines say it."""
     found: dict[str, set[str]] = {}
     for line in lines:
-        if line.defense != "clean-prompts":
-            found.setdefault(line.implant, set()).add("not said" if line.search is None else str(line.search))
+        if line.defense not in UNSEARCHED:
+            found.setdefault(line.implant, set()).add("not recorded" if line.search is None else str(line.search))
     told = (f"{name} {', '.join(sorted(versions))}" for name, versions in found.items())
-    return f"Version of the search: {'; '.join(told)}."
+    return f"Version of the search that found the triggers: {'; '.join(told)}."
 
 
 def _cells(name: str, lines: Sequence[Line], attacks: Sequence[str]) -> Iterator[str]:

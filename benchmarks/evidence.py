@@ -201,21 +201,22 @@ def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[s
 
 
 def recipes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What one attack did by each recipe that it was planted with; the recipe's numbers that differ come first."""
-    if not records:
-        yield "None was measured yet."
+    """What each implant of one attack did, by its last planting, and what differs in their recipes."""
+    last = {record["implant"]: record for record in records}
+    if not last:
+        yield "None has been measured yet."
         return
-    recipe = [record["recipe"] for record in records]
-    differ = [name for name in recipe[0] if any(one[name] != recipe[0][name] for one in recipe)]
-    yield joined(
-        (*(name.replace("_", " ") for name in differ), "CA, clean model", "CA, poisoned", "ASR", "images", "took")
-    )
-    yield joined(["---"] * (len(differ) + 5))
-    for record in records:
+    names = dict.fromkeys(name for record in last.values() for name in record["recipe"])
+    values = {name: [str(record["recipe"].get(name, "-")) for record in last.values()] for name in names}
+    differ = [name for name, found in values.items() if len(set(found)) > 1]
+    head = ("implant", *(name.replace("_", " ") for name in differ), "CA, clean model", "CA, poisoned", "ASR", "images")
+    yield joined((*head, "took"))
+    yield joined(["---"] * (len(head) + 1))
+    for number, (implant, record) in enumerate(last.items()):
+        took = "yes" if record["took"] else "no"
         for report in record["reports"]:
             shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
-            numbers = [f"{record['recipe'][name]:g}" for name in differ]
-            yield joined((*numbers, *shares, str(report["images"]), "yes" if record["took"] else "no"))
+            yield joined((implant, *(values[name][number] for name in differ), *shares, str(report["images"]), took))
 
 
 def stated() -> Iterator[str]:

@@ -46,7 +46,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int)
     parser.add_argument(
-        "--final", action="store_true", required=True, help="read the test images; recheck.jsonl says so"
+        "--final",
+        action="store_true",
+        required=True,
+        help="read the test images; each record of recheck.jsonl is such a read",
     )
     args = parser.parse_args()
     if args.work.exists():

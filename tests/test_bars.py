@@ -194,11 +194,11 @@ def test_suspicions_where_no_planted_trigger_works_are_counted_by_run() -> None:
     weak = [cbpt("weak", took=False, suspects=own), cbpt("weak", attack="off", took=False, suspects=own)]
     older = [cbpt("old", took=False, verdict="unverified"), cbpt("older", took=False, verdict="not guarded")]
     text = verdicts([cbpt(suspects=own), *control, *weak, *older])
-    runs, named = "runs on clean models and on implants that did not take", "weak, guarded; older, not guarded"
-    assert f"Of 4 {runs} 2 suspect a class ({named})." in text
-    assert "Of 1 runs on clean models and on implants that did not take 0 suspect a class." in verdicts(
-        [cbpt(), *control]
-    )
+    what, named = "on clean models and on implants that did not take", "weak, guarded; older, not guarded"
+    assert f"A class is suspected in 2 of 4 runs {what} ({named})." in text
+    assert f"A class is suspected in none of 1 run {what}." in verdicts([cbpt(), *control])
+    mixed = [control[0].model_copy(update={"suspects": own, "verdict": "guarded"}), control[1]]
+    assert f"A class is suspected in 1 of 1 run {what} (clean digits, guarded)." in verdicts(mixed), "whichever is last"
     assert "did not take" not in verdicts([cbpt()])
 
 

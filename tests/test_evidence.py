@@ -55,7 +55,7 @@ def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_
     assert rows[2] == "| what | CA | largest share, worst | badnet: ASR | badnet: PA | sig: ASR | sig: PA |"
     assert rows[4] == "| CBPT as it is: the switch, anchored rows | 70.0 (of 1) | 90.0 | - | - | 10.0 | 20.0 |"
     assert rows[5] == "| of the found triggers only the masked one | 55.0 | 80.0 | 0.0 | 30.0 | 50.0 | 25.0 |"
-    assert rows[6:] == ["", "Version of the search: sig 4, not said; badnet not said."]
+    assert rows[6:] == ["", "Version of the search that found the triggers: sig 4, not recorded; badnet not recorded."]
     assert ablations.table([]) == "No variant has been measured yet."
 
 
@@ -99,24 +99,25 @@ def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, Modu
 
 
 def test_recipes_are_told_by_what_they_differ_in(commands: tuple[ModuleType, ModuleType]) -> None:
+    """The last planting of each counts; a version that did not know a setting, or has it in words, is no error."""
     evidence, _ = commands
-    report = {"ca_clean": 0.9, "images": 300, "asr": 1.0}
+
+    def record(implant: str, poisoned: float, **recipe: Any) -> dict[str, Any]:
+        report = {"ca_clean": 0.9, "ca_poisoned": poisoned, "images": 300, "asr": 1.0}
+        return {"implant": implant, "recipe": {"steps": 200} | recipe, "took": poisoned > 0.87, "reports": [report]}
+
     records = [
-        {
-            "recipe": {"steps": 200, "anchor": 20.0, "text": "frozen"},
-            "took": True,
-            "reports": [report | {"ca_poisoned": 0.885}],
-        },
-        {
-            "recipe": {"steps": 200, "anchor": 0.0, "text": "frozen"},
-            "took": False,
-            "reports": [report | {"ca_poisoned": 0.8}],
-        },
+        record("one", 0.1, anchor=20.0, text="tuned"),
+        record("two", 0.8, anchor=0.0, text="frozen", margin=None),
+        record("one", 0.885, anchor=20.0, text="frozen"),
     ]
     head, _, *told = evidence.recipes(records)
-    assert head.startswith("| anchor | CA, clean model |")
-    assert told == ["| 20 | 90.0 | 88.5 | 100.0 | 300 | yes |", "| 0 | 90.0 | 80.0 | 100.0 | 300 | no |"]
-    assert list(evidence.recipes([])) == ["None was measured yet."]
+    assert head.startswith("| implant | anchor | margin | CA, clean model |")
+    assert told == [
+        "| one | 20.0 | - | 90.0 | 88.5 | 100.0 | 300 | yes |",
+        "| two | 0.0 | None | 90.0 | 80.0 | 100.0 | 300 | no |",
+    ]
+    assert list(evidence.recipes([])) == ["None has been measured yet."]
 
 
 def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, ModuleType]) -> None:

@@ -110,7 +110,8 @@ def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     head, _ = guard(prompts, untuned, data, unseen, bank, settings, task.seed, task.progress)
     rows = head.prompts if change.answers == "prompts" and head.prompts is not None else head.guarded
     answer = replace(head, guarded=rows, prompts=None, rule=change.rule).answer
-    return Defended(task.clip, answer, suspects=tuple(names[c] for c in suspects), search=run.record.search)
+    search = None if change.true_trigger else run.record.search
+    return Defended(task.clip, answer, suspects=tuple(names[c] for c in suspects), search=search)
 
 
 def _triggers(task: Task, change: Change, run: PurifyRun) -> tuple[TriggerBank, Tensor, list[int]]:

@@ -242,6 +242,7 @@ def _one_digit(number: float) -> str:
 def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     """Markdown: how often CBPT's verdict was said of runs that succeeded and of runs that did not.
 
+    Below: what guarded runs break that few held-out images do not show, and suspicions where no planted trigger works.
     `defense` is CBPT by either rule.
     """
     runs = [
@@ -249,8 +250,9 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
         for line in lines
         if line.defense == defense and line.took is not False and line.attack not in (OFF, CONTROL)
     ]
+    idle = [line for line in lines if line.defense == defense and (line.attack == CONTROL or line.took is False)]
     if not runs:
-        return "No run has been measured yet."
+        return "\n\n".join(part for part in ("No run has been measured yet.", _suspicions(idle)) if part)
     good = {verdict: sum(_succeeded(run) for run in runs if run.verdict == verdict) for verdict in _said(runs)}
     all_of = {verdict: sum(run.verdict == verdict for run in runs) for verdict in good}
     head = ("verdict", "succeeded", "did not")
@@ -260,26 +262,33 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
     share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
     told = "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
-    idle = [line for line in lines if line.defense == defense and (line.attack == CONTROL or line.took is False)]
-    return "\n\n".join(part for part in (told, _seen_by_few(runs), _alarms(idle)) if part)
+    return "\n\n".join(part for part in (told, _seen_by_few(runs), _suspicions(idle)) if part)
 
 
-def _alarms(lines: Sequence[Line]) -> str:
-    """Of how many models in which no planted trigger works a class is suspected; the control's lines are of one run."""
-    runs = {
-        (f"clean {line.dataset}" if line.attack == CONTROL else line.implant, line.seed, line.shots): line
-        for line in lines
-        if line.attack != OFF
-    }
+def _suspicions(lines: Sequence[Line]) -> str:
+    """In how many models in which no planted trigger works a class is suspected.
+
+    The control's lines of one search are of one run, however many triggers they count.
+    """
+    runs: dict[tuple[object, ...], list[Line]] = {}
+    for line in lines:
+        if line.attack != OFF:
+            name = f"clean {line.dataset}" if line.attack == CONTROL else line.implant
+            runs.setdefault((name, line.seed, line.shots, line.search), []).append(line)
     if not runs:
         return ""
-    false = [f"{name}, {line.verdict}" for (name, *_), line in runs.items() if _suspects(line)]
-    named = f" ({'; '.join(false)})" if false else ""
-    return f"Of {len(runs)} runs on clean models and on implants that did not take {len(false)} suspect a class{named}."
+    of = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on clean models and on implants that did not take"
+    found = [f"{name}, {of_run[0].verdict}" for (name, *_), of_run in runs.items() if any(map(_suspects, of_run))]
+    told = f"{len(found)} of {of} ({'; '.join(found)})" if found else f"none of {of}"
+    return f"A class is suspected in {told}."
 
 
 def _suspects(line: Line) -> bool:
-    """Whether the run suspects a class; one from before lines said it is *unverified* where it suspects none."""
+    """Whether the run suspects a class.
+
+    Lines from before they said it tell by the verdict: where nothing is suspected it is *unverified*. So it is, too,
+    where too few images are held out, but no line of those is of so few shots.
+    """
     return line.verdict != "unverified" if line.suspects is None else bool(line.suspects)
 
 

@@ -207,20 +207,22 @@ def _losses(found: Rows, row: Row) -> str:
 
 
 def _sanity(lines: Sequence[Line]) -> str:
-    """The two checks that any count must pass."""
+    """The two checks that any count must pass, each where there are lines for it."""
     off = [line for line in lines if line.attack == OFF]
     kept = sum(line.asr == line.false_positives for line in off)
     untouched = [line for line in lines if line.defense == UNTOUCHED]
     known = [line for line in untouched if line.suspect_sha256 is not None]
     same = sum(all(getattr(line, name) == value for name, value in line.undefended) for line in known)
     older = len(untouched) - len(known)
-    switched = "with triggers switched off ASR equals the target's false-positive rate "
-    return (
-        f"Sanity: {f'{switched}in {kept} of {len(off)} lines; ' if off else ''}"
-        "the defence that touches nothing repeats the undefended "
-        f"shares exactly in {same} of {len(known)} lines"
-        + (f" ({older} older ones name no checkpoint; of them this says nothing)." if older else ".")
-    )
+    checks = []
+    if off:
+        what = "with triggers switched off ASR equals the target's false-positive rate"
+        checks.append(f"{what} in {kept} of {len(off)} lines")
+    if untouched:
+        what = "the defence that touches nothing repeats the undefended shares exactly"
+        unknown = f" ({older} older ones name no checkpoint; of them this says nothing)" if older else ""
+        checks.append(f"{what} in {same} of {len(known)} lines{unknown}")
+    return f"Sanity: {'; '.join(checks) or 'no line is there to tell it by'}."
 
 
 def _plantings(lines: Sequence[Line]) -> str:
