@@ -271,6 +271,8 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
     met = [line(split="test", defense=name, undefended=one) for name in ("cbpt", "coop") for one in several[:1]]
     other = line(split="test", defense="probe", seed=0, undefended=again)
     assert "another planting" not in table(met)
+    apart = line(split="test", defense="cbpt", seed=1, undefended=again)  # alone with its seed
+    assert "With each of 1 seeds CBPT and every defence beside it met the same planting." in table([*met, apart])
     text = table([*met, line(split="test", defense="cbpt", seed=1), line(split="test", defense="coop", seed=1), other])
     assert "In 1 of 2 seeds CBPT met another planting than a defence beside it: badnet 0." in text
     elsewhere = line(seed=1, undefended=again)

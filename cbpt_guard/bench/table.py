@@ -259,8 +259,10 @@ def _beside_another(groups: Iterable[Sequence[Line]]) -> str:
         for place in places
         if any(one.undefended != met[place] for one in lines if (one.implant, one.seed, one.shots) == place)
     }
-    if not apart:
+    if not places:
         return ""
+    if not apart:
+        return f" With each of {len(places)} seeds CBPT and every defence beside it met the same planting."
     names = ", ".join(f"{implant} {seed}" for implant, seed, _ in sorted(apart))
     return f" In {len(apart)} of {len(places)} seeds CBPT met another planting than a defence beside it: {names}."
 
