@@ -58,6 +58,8 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
 ) -> None:
     same = ablated(task, change, SETTINGS)
     assert (same.search, same.suspects) == (unchanged[number].search, unchanged[number].suspects)
+    planted = ablated(task, Change(true_trigger=True), SETTINGS)
+    assert planted.search is None, "no found trigger is in it"
     wanted, found = unchanged[number].answer(features), same.answer(features)
     assert wanted.triggered.any()
     assert torch.equal(found.triggered, wanted.triggered)

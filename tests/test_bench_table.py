@@ -250,6 +250,7 @@ def test_the_sanity_sentence_counts_what_holds() -> None:
     assert "false-positive rate in 1 of 1 lines" in text
     assert "undefended shares exactly in 2 of 2 lines." in text
     assert "Sanity: the defence that touches nothing" in table([line(suspect_sha256=sha)]), "nothing was switched off"
+    assert "Sanity: no line is there to tell it by." in table([line(defense="coop")])
     moved = line(seed=1, ca=0.51, suspect_sha256=sha)
     older = line(attack="off", seed=1, asr=0.02, undefended=same)
     text = table([line(suspect_sha256=sha), moved, off, older])
@@ -268,6 +269,7 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
     assert "1 of 2 attacks have lines with differing undefended shares" in text
     assert "The undefended CA differs by up to 1.2 points there, the ASR by up to 3.0." in text
     assert "another planting" not in text, "CBPT is not among them"
+    assert "the same planting" not in text
     met = [line(split="test", defense=name, undefended=one) for name in ("cbpt", "coop") for one in several[:1]]
     other = line(split="test", defense="probe", seed=0, undefended=again)
     assert "another planting" not in table(met)

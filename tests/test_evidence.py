@@ -57,6 +57,8 @@ def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_
     assert rows[5] == "| of the found triggers only the masked one | 55.0 | 80.0 | 0.0 | 30.0 | 50.0 | 25.0 |"
     assert rows[6:] == ["", "Version of the search that found the triggers: sig 4, not recorded; badnet not recorded."]
     assert ablations.table([]) == "No variant has been measured yet."
+    unsearched = line(defense="clean-prompts", implant="badnet")
+    assert ablations.searches([lines[2], unsearched]) == "Version of the search that found the triggers: sig 4."
 
 
 def test_parts_are_filled_between_their_marks(commands: tuple[ModuleType, ModuleType]) -> None:
@@ -130,6 +132,24 @@ def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, 
     told = evidence.progress(stale, evidence.PLAN)
     assert f"are measured. In part: triangles ({len(asked) - 1} of {len(asked)}). Not yet: " in told
     assert f" {len(asked) - 1} are measured" in told
+
+
+@pytest.mark.parametrize("given", [(), ("--final",)], ids=["without", "with"])
+def test_a_recheck_reads_the_test_images_only_when_told_to(
+    commands: tuple[ModuleType, ModuleType],
+    given: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`--work` exists, which is refused next: nothing is measured either way."""
+    _, recheck = commands
+    rest = ("--seed", "1", "--root", str(tmp_path), "--work", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["recheck.py", *rest, *given])
+    with pytest.raises(SystemExit) as refused:
+        recheck.main()
+    told = capsys.readouterr().err or str(refused.value)
+    assert ("exists; what an earlier run made must not be used" if given else "required: --final") in told
 
 
 def test_a_seed_always_draws_the_same_rival_that_met_an_attack_that_took(

@@ -268,13 +268,12 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
 def _suspicions(lines: Sequence[Line]) -> str:
     """In how many models in which no planted trigger works a class is suspected.
 
-    The control's lines of one search are of one run, however many triggers they count.
+    Lines of one suspect, draw and search are of one run, however many triggers they count, on or off.
     """
     runs: dict[tuple[object, ...], list[Line]] = {}
     for line in lines:
-        if line.attack != OFF:
-            name = f"clean {line.dataset}" if line.attack == CONTROL else line.implant
-            runs.setdefault((name, line.seed, line.shots, line.search), []).append(line)
+        name = f"clean {line.dataset}" if line.attack == CONTROL else line.implant
+        runs.setdefault((name, line.seed, line.shots, line.search), []).append(line)
     if not runs:
         return ""
     of = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on clean models and on implants that did not take"
