@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,10 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
     final: Annotated[bool, typer.Option("--final", help="Count on the test images; each such read is logged.")] = False,
     device: options.Device = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch, of each job; an equal part of the cores where several.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and its hours.")] = False,
 ) -> None:
     """Measure every attack x defence x seed of a plan that the lines lack, a process each; go on where it stopped."""
@@ -52,9 +56,13 @@ def run(
         sys.stdout.write(_priced(read, missing(read, groups, out, split)))
         return
     places = Places(tuple(root or [Path()]), work)
+    if threads is None and jobs > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     start = partial(prepare_torch, threads)
     try:
-        added = run_suite(read, places, out, groups=groups, split=split, device=device, start=start, report=note)
+        added = run_suite(
+            read, places, out, groups=groups, split=split, device=device, jobs=jobs, start=start, report=note
+        )
     except BaseException as error:
         error.add_note("`bench run` goes on where it was")
         raise
@@ -103,4 +111,7 @@ def _priced(plan: Plan, groups: list[Group]) -> str:
     for group in groups:
         units.setdefault(group.unit, []).append(group)
     rows = [f"{plan.hours(part):.2f} h\t{unit}\t{len(part)} defences\n" for unit, part in units.items()]
-    return "".join(rows) + f"{plan.hours(groups):.2f} h\tin all, expected on two cores\t{len(groups)} defences\n"
+    return (
+        "".join(rows)
+        + f"{plan.hours(groups):.2f} h\tin all, expected on two cores with --jobs 2\t{len(groups)} defences\n"
+    )

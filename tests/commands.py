@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner, Result
 
+from cbpt_guard.bench.processes import Step
 from cbpt_guard.cli.app import app
 
 SCRIPT = Path(sys.executable).with_name("cbpt-guard")
@@ -36,6 +38,12 @@ epochs = 4
 def cli(*arguments: object) -> Result:
     """A command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def here(steps: Sequence[Step], **_: object) -> Generator[tuple[Step, Any]]:
+    """The suite's steps in this process, one after another: takes the place of `side_by_side`."""
+    for step in steps:
+        yield step, step.work(*step.arguments)
 
 
 def script(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:

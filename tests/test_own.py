@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import cli
+from commands import cli, here
 from digits import DigitsModel
 
 from cbpt_guard.bench.digits import write_class_folders, write_suspect
@@ -39,7 +39,7 @@ def test_the_shown_attack_meets_the_shown_defence(
     write_suspect(digits_clean.clip, tmp_path / "model")
     for name in ("train", "clean", "test"):
         write_class_folders(getattr(digits_clean.split, name), tmp_path / name, per_class=30)
-    monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: work(*arguments))  # for speed
+    monkeypatch.setattr("cbpt_guard.bench.suite.side_by_side", here)  # for speed
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     result = cli("bench", "run", "--plan", "own.toml", "--root", ".", "--work", "work", "--out", "lines.jsonl")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import errno
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -20,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli
+from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli, here
 
 from cbpt_guard import GuardedClassifier, metrics
-from cbpt_guard.bench import cell, counting
+from cbpt_guard.bench import cell, counting, suite
 from cbpt_guard.bench.cell import Job, cells_folder, measure
 from cbpt_guard.bench.counting import FeatureStore, ImageSet
 from cbpt_guard.bench.digits import write_class_folders
@@ -31,7 +28,7 @@ from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import PLANTINGS, READS, alone, chosen, missing, nothing, run_suite
+from cbpt_guard.bench.suite import PLANTINGS, READS, chosen, missing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.data import list_images
@@ -40,7 +37,7 @@ from cbpt_guard.defense.purify import purify
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.suspect import open_suspect
-from cbpt_guard.errors import CheckError, InputError, SetupError
+from cbpt_guard.errors import CheckError, InputError
 from cbpt_guard.export import export
 
 if TYPE_CHECKING:
@@ -298,6 +295,25 @@ def test_features_that_a_full_disk_tore_are_made_again(
     assert len(store.features(digits_suspect.clip, images, None)) == len(images.labels)
 
 
+def test_features_that_two_ask_for_at_once_are_made_once(
+    digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageSet(list_images(digits_suspect.data), None, digits_suspect.clip.preprocess)
+    made: list[int] = []
+
+    def slowly(*_: object, everything: bool) -> torch.Tensor:
+        made.append(len(made))
+        time.sleep(0.2)
+        return torch.full((len(images.labels), 1), float(len(made)))
+
+    monkeypatch.setattr(counting, "encoded", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        ask = [pool.submit(FeatureStore(tmp_path, "it").features, digits_suspect.clip, images, None) for _ in range(2)]
+        found = [one.result() for one in ask]
+    assert made == [0]
+    assert torch.equal(*found)
+
+
 @pytest.fixture(scope="module")
 def quick_run(digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A purified run of the poisoned digits CLIP, with few steps."""
@@ -458,21 +474,26 @@ def test_a_planting_is_written_down_beside_the_lines(
     plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planting = {"implant": "badnet", "suspect_sha256": "1"}
-    answers: dict[str, Any] = {"_plant": planting, "_triggers": None, "_measure": []}
-    monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: answers[work.__name__])
+    monkeypatch.setattr("cbpt_guard.bench.suite._plant", lambda *_: planting)
+    monkeypatch.setattr("cbpt_guard.bench.suite._measure", lambda *_: [])
+    monkeypatch.setattr("cbpt_guard.bench.suite.side_by_side", here)
     assert run_suite(plan, places, tmp_path / "lines.jsonl") == 0
     assert [json.loads(text) for text in (tmp_path / PLANTINGS).read_text().splitlines()] == [planting]
 
 
-def test_an_implant_is_asked_for_once_in_a_run(
-    plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(
-        "cbpt_guard.bench.suite.alone", lambda work, arguments, start: asked.append(work.__name__) or []
-    )
-    run_suite(plan, places, tmp_path / "lines.jsonl")
-    assert asked == ["_plant", "_measure", "_measure", "_triggers", "_measure"]
+def test_a_group_waits_for_its_implants_and_for_the_group_before_it_in_the_same_folder(plan: Plan) -> None:
+    first = [group for group in plan.groups() if not group.control]
+    second = [group.model_copy(update={"seed": 1}) for group in first]
+    (control,) = [group for group in plan.groups() if group.control]
+    steps = suite._steps(plan, [*first, *second, control], Places((), Path()), "clean", "cpu")
+    planting, *measuring = steps
+    assert planting.name == (suite._plant, "badnet"), "asked for once; the control takes the implant's own triggers"
+    assert [step.name for step in measuring] == [*first, *second, control]
+    waits = [step.needs - {planting.name} for step in measuring]
+    assert waits == [set(), {first[0]}, set(), {second[0]}, set()]
+    assert all(planting.name in step.needs for step in measuring)
+    (triggers, alone) = suite._steps(plan, [control], Places((), Path()), "clean", "cpu")
+    assert (triggers.name, alone.needs) == ((suite._triggers, "badnet"), {(suite._triggers, "badnet")})
 
 
 def test_the_control_makes_the_triggers_alone(plan: Plan, places: Places) -> None:
@@ -528,75 +549,6 @@ def test_an_unknown_defence_is_refused(name: str) -> None:
 # runs
 
 
-def test_a_process_hands_over_its_result_and_its_errors() -> None:
-    assert alone(_double, (21,), nothing) == 42
-    with pytest.raises(InputError, match="no such luck"):
-        alone(_refuse, (), nothing)
-    with pytest.raises(SetupError, match="ended with 7"):
-        alone(os._exit, (7,), nothing)
-    with pytest.raises(SetupError, match=r"measuring failed: .*No space left"):
-        alone(_fill, (), nothing)
-
-
-def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen._launch", full)
-    with pytest.raises(SetupError, match="no process of the suite could be started: Resource temporarily"):
-        alone(_double, (21,), nothing)
-
-
-def test_a_killed_suite_leaves_no_process_behind() -> None:
-    code = "import time; from cbpt_guard.bench.suite import alone, nothing; alone(time.sleep, (100,), nothing)"
-    suite = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    end, child = time.monotonic() + 60, ""
-    while not child and time.monotonic() < end:
-        time.sleep(0.02)
-        children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children").read_text().split()
-        child = next((pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()), "")
-    time.sleep(2)  # it has begun to sleep
-    suite.kill()
-    suite.wait()
-    end = time.monotonic() + 5
-    while (alive := _lives(child)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert child
-    assert not alive
-
-
-def _lives(pid: str) -> bool:
-    """Whether a process runs: one that has ended may wait for whoever asks."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_process_that_has_answered_may_tidy_up(tmp_path: Path) -> None:
-    """Ended too soon it leaves semaphores behind, of which python complains to the user."""
-    assert alone(_untidy, (tmp_path / "tidy",), nothing) == 1
-    assert (tmp_path / "tidy").exists()
-
-
-def _untidy(path: Path) -> int:
-    atexit.register(path.touch)
-    atexit.register(time.sleep, 0.5)  # called first
-    return 1
-
-
-def _fill() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _double(number: int) -> int:
-    return 2 * number
-
-
-def _refuse() -> None:
-    raise InputError("no such luck")
-
-
 def test_a_killed_run_goes_on_and_ends_with_the_same_lines(plan: Plan, root: Path, places: Places) -> None:
     out, command = places.work / "lines.jsonl", [str(SCRIPT), "bench", "run", "--threads", str(torch.get_num_threads())]
     for option, value in (("plan", root / "plan.toml"), ("root", root), ("out", out), ("work", places.work)):
@@ -610,7 +562,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_lines(plan: Plan, root: Pat
     kept = read_lines(out)
     assert 0 < len(kept) < 4
     out.write_bytes(out.read_bytes() + b'{"torn')
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--jobs", "2"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{4 - len(kept)} lines added" in done.stderr
     lines = read_lines(out)
@@ -625,7 +577,7 @@ def test_a_dry_run_prices_what_is_missing_and_writes_nothing(root: Path, tmp_pat
     out = tmp_path / "lines.jsonl"
     options = ("--plan", root / "plan.toml", "--out", out, "--work", tmp_path / "work", "--dry-run")
     result = cli("bench", "run", *options)
-    assert result.stdout.splitlines()[-1] == "0.20 h\tin all, expected on two cores\t3 defences"
+    assert result.stdout.splitlines()[-1] == "0.20 h\tin all, expected on two cores with --jobs 2\t3 defences"
     assert cli("bench", "run", *options, "--shard", "2/2").stdout.startswith("0.05 h\tclean digits\t1 defences")
     assert list(tmp_path.iterdir()) == []
     assert_refused(cli("bench", "run", *options, "--shard", "3/2"), "shard 3/2 is none")
@@ -643,7 +595,7 @@ def test_only_final_reads_the_test_images_and_each_read_is_logged(
     plan: Plan, root: Path, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, for speed; the folder of test images is absent in development."""
-    monkeypatch.setattr("cbpt_guard.bench.suite.alone", lambda work, arguments, start: work(*arguments))
+    monkeypatch.setattr("cbpt_guard.bench.suite.side_by_side", here)
     for name in ("clean", "data", "poisoned", "train"):
         (tmp_path / name).symlink_to(root / name)
     blind, out = Places((tmp_path,), places.work), tmp_path / "lines.jsonl"

@@ -21,6 +21,7 @@ from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import Answer
 from cbpt_guard.defense.triggers import PlantedTrigger, Trigger
 from cbpt_guard.errors import CheckError
+from cbpt_guard.files import in_turn
 from cbpt_guard.images import Pixels, Preprocess
 
 
@@ -91,11 +92,11 @@ class FeatureStore:
         """Unit features (N, E) of the counted images of a set, clean or triggered."""
         name = hashlib.sha256("\n".join((self.model, images.digest(), described(trigger))).encode()).hexdigest()
         path = self.folder / f"{name}.npy"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".new.npy")
-            np.save(partial, encoded(clip, images, trigger, everything=True).numpy())
-            partial.replace(path)
+        with in_turn(path):  # a process beside this one may need the same
+            if not path.exists():
+                partial = path.with_suffix(".new.npy")
+                np.save(partial, encoded(clip, images, trigger, everything=True).numpy())
+                partial.replace(path)
         return torch.from_numpy(np.load(path, allow_pickle=False)[images.counted])
 
 

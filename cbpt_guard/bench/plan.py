@@ -122,7 +122,7 @@ class Plan(_Frozen):
     """A whole suite.
 
     `minutes` states what an `implant`, an implant's `trigger` alone, and each defence are expected to take on two
-    cores.
+    cores, two at a time.
     """
 
     template: str = TEMPLATE

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
-from cbpt_guard.errors import CbptGuardError, InputError, SetupError
+from cbpt_guard.bench.processes import Report, Step, nothing, side_by_side, silent
+from cbpt_guard.errors import InputError
 
 READS, PLANTINGS = "test-reads.jsonl", "plantings.jsonl"
-_PATIENCE = 10.0  # seconds for a process that was told to end
-Result = TypeVar("Result")
 Asked = TypeVar("Asked", str, int)
-Report = Callable[[str], None]
-
-
-def nothing() -> None:
-    """Prepare nothing."""
-
-
-def silent(message: str) -> None:
-    """Report nothing."""
 
 
 def run_suite(
@@ -42,6 +25,7 @@ def run_suite(
     groups: Sequence[Group] | None = None,
     split: Split = "clean",
     device: str = "cpu",
+    jobs: int = 1,
     start: Callable[[], None] = nothing,
     report: Report = silent,
 ) -> int:
@@ -55,6 +39,8 @@ def run_suite(
             How each suspect was planted, and what it did, is kept in `plantings.jsonl` beside it.
         split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
         device: where torch computes.
+        jobs: how many processes measure side by side; defences of one suspect and one draw of shots, which leave things
+            to each other, follow one another.
         start: called first in every process that measures, such as to set its threads; it must be picklable.
         report: is told, in words, what is done next.
 
@@ -63,21 +49,18 @@ def run_suite(
         SetupError: a process died, or another command appends to `out`.
     """
     asked = missing(plan, plan.groups() if groups is None else groups, out, split)
-    added, ready = 0, set[tuple[str, bool]]()
+    steps = _steps(plan, asked, places, split, device)
+    added = 0
     with appending(out) as append:
         if split == "test" and asked:
             log_read(out.with_name(READS), plan)
-        for number, group in enumerate(asked, 1):
-            for name in (name for name in group.implants if (name, group.control) not in ready):
-                planting = alone(_triggers if group.control else _plant, (plan, name, places, device), start)
-                if planting is not None:
-                    append_record(out.with_name(PLANTINGS), planting)
-                ready.add((name, group.control))
-            what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
-            report(f"{number} of {len(asked)}: {what}")
-            lines = alone(_measure, (plan, group, places, split, device), start)
-            append(lines)
-            added += len(lines)
+        with closing(side_by_side(steps, jobs=jobs, start=start, report=report)) as results:
+            for step, result in results:
+                if step.work is _measure:
+                    append(result)
+                    added += len(result)
+                elif result is not None:
+                    append_record(out.with_name(PLANTINGS), result)
     return added
 
 
@@ -117,84 +100,25 @@ def lines_in(folder: Path) -> list[Line]:
     return read_together(path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS))
 
 
-def alone(work: Callable[..., Result], arguments: tuple[object, ...], start: Callable[[], None]) -> Result:
-    """The result of `work` in a fresh process, so that its peak memory is its own.
-
-    Raises:
-        CbptGuardError: as `work` raises it.
-        SetupError: the process died.
-    """
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answering, args=(theirs, work, arguments, start))
-    try:
-        with _deaf_to_ctrl_c():
-            process.start()
-    except OSError as error:
-        raise SetupError(f"no process of the suite could be started: {error.strerror}") from error
-    theirs.close()
-    try:
-        result: Result | CbptGuardError = ours.recv()
-        process.join(_PATIENCE)  # it has answered, and tidies up
-    except EOFError as error:
-        process.join()
-        raise SetupError(
-            f"a process of the suite ended with {process.exitcode} before it answered; its messages stand above, "
-            "and where there are none the system killed it, most likely for memory"
-        ) from error
-    finally:
-        ours.close()
-        process.terminate()  # does nothing to one that has ended
-        process.join(_PATIENCE)
-        process.kill()
-        process.join()
-    if isinstance(result, CbptGuardError):
-        raise result
-    return result
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Whatever starts meanwhile never sees Ctrl-C, which a terminal sends to all: this process ends it, in few words.
-
-    Blocked, not ignored: a Ctrl-C that comes meanwhile reaches this process right afterwards.
-    """
-    resource_tracker.ensure_running()  # which unblocks Ctrl-C, and would do so between here and the start
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _answering(
-    answer: Connection, work: Callable[..., object], arguments: tuple[object, ...], start: Callable[[], None]
-) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _end)
-    start()
-    try:
-        result = work(*arguments)
-    except CbptGuardError as error:
-        result = error
-    except OSError as error:  # a full disk, a folder that was taken away
-        result = SetupError(f"measuring failed: {error}")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to tidy up
-    answer.send(result)
-
-
-def _end(*_: object) -> None:
-    """An orderly end, once: temporary files and children go with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    """A killed suite must not leave a process behind that goes on writing to its folders."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+def _steps(plan: Plan, groups: Sequence[Group], places: Places, split: Split, device: str) -> list[Step]:
+    """Every group after what it needs: its implants, or their triggers, and the group before it in the same folder."""
+    planted = {name for group in groups if not group.control for name in group.implants}
+    steps: dict[object, Step] = {}
+    before: dict[object, Group] = {}
+    for number, group in enumerate(groups, 1):
+        needs: set[object] = set()
+        for name in group.implants:
+            make = _plant if name in planted else _triggers
+            steps.setdefault((make, name), Step((make, name), make, (plan, name, places, device)))
+            needs.add((make, name))
+        folder = (group.unit, group.seed, group.shots)
+        if folder in before:
+            needs.add(before[folder])
+        before[folder] = group
+        what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
+        arguments = (plan, group, places, split, device)
+        steps[group] = Step(group, _measure, arguments, frozenset(needs), f"{number} of {len(groups)}: {what}")
+    return list(steps.values())
 
 
 def _plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] | None:
