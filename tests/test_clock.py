@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,27 @@ def test_what_is_shared_is_made_once_and_counts_for_each(tmp_path: Path) -> None
     for cost in (first.read(), second.read()):
         assert cost.cpu_seconds >= SLOW
         assert cost.seconds >= SLOW
+
+
+def test_two_that_ask_at_once_make_it_once_and_waiting_costs_nothing(tmp_path: Path) -> None:
+    path, made = tmp_path / "shared", threading.Event()
+
+    def make() -> None:
+        made.set()
+        time.sleep(2 * SLOW)
+        path.write_text("made")
+
+    def second() -> Cost:
+        clock = Clock()
+        made.wait()
+        clock.once(path, lambda: pytest.fail("it is being made"))
+        return clock.read()
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(second)
+        Clock().once(path, make)
+        cost = found.result()
+    assert 2 * SLOW <= cost.seconds < 4 * SLOW, "what it took, and not the wait for it"
 
 
 def test_the_larger_peak_counts(tmp_path: Path) -> None:

@@ -481,18 +481,18 @@ def test_a_planting_is_written_down_beside_the_lines(
     assert [json.loads(text) for text in (tmp_path / PLANTINGS).read_text().splitlines()] == [planting]
 
 
-def test_a_group_waits_for_its_implants_and_for_the_group_before_it_in_the_same_folder(plan: Plan) -> None:
-    first = [group for group in plan.groups() if not group.control]
-    second = [group.model_copy(update={"seed": 1}) for group in first]
-    (control,) = [group for group in plan.groups() if group.control]
-    steps = suite._steps(plan, [*first, *second, control], Places((), Path()), "clean", "cpu")
-    planting, *measuring = steps
+def test_a_group_waits_for_its_implants_and_for_what_it_may_share(plan: Plan) -> None:
+    first, _, control = plan.groups()
+    names = ["cbpt", "none", "cbpt-prompts", "own:defence", "probe"]
+    groups = [first.model_copy(update={"defense": name, "seed": seed}) for seed in (0, 1) for name in names]
+    planting, *measuring = suite._steps(plan, [*groups, control], Places((), Path()), "clean", "cpu")
     assert planting.name == (suite._plant, "badnet"), "asked for once; the control takes the implant's own triggers"
-    assert [step.name for step in measuring] == [*first, *second, control]
-    waits = [step.needs - {planting.name} for step in measuring]
-    assert waits == [set(), {first[0]}, set(), {second[0]}, set()]
+    assert [step.name for step in measuring] == [*groups, control]
     assert all(planting.name in step.needs for step in measuring)
-    (triggers, alone) = suite._steps(plan, [control], Places((), Path()), "clean", "cpu")
+    waits = [[(g.defense, g.seed) for g in step.needs - {planting.name}] for step in measuring]
+    once = [[], [], ["cbpt"], ["cbpt-prompts"], []]
+    assert waits == [*([(name, seed) for name in before] for seed in (0, 1) for before in once), []]
+    triggers, alone = suite._steps(plan, [control], Places((), Path()), "clean", "cpu")
     assert (triggers.name, alone.needs) == ((suite._triggers, "badnet"), {(suite._triggers, "badnet")})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from cbpt_guard.defense.suspect import Suspect as OpenedSuspect
 from cbpt_guard.defense.triggers import PlantedTrigger, Trigger
 from cbpt_guard.errors import InputError
 from cbpt_guard.export import export
+from cbpt_guard.files import in_turn, write_text
 from cbpt_guard.images import Pixels
 
 _SHORT = 12
@@ -145,11 +147,8 @@ def _task(job: Job, shots: Listing, opened: OpenedSuspect) -> Task:
     folder /= f"seed{group.seed}-shots{group.shots}"
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "shots.csv"
-    with listing.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(("path", "label"))
-        pairs = zip(shots.classes, shots.files, strict=True)
-        rows.writerows((path.absolute(), name) for name, files in pairs for path in files)
+    with in_turn(listing):  # a process beside this one writes the same
+        write_text(listing, _listed(shots))
     return Task(
         clip=opened.clip,
         original=zero_shot_head(opened.clip, shots.classes, job.plan.template),
@@ -161,6 +160,15 @@ def _task(job: Job, shots: Listing, opened: OpenedSuspect) -> Task:
         folder=folder,
         planted=tuple(pair for name in group.implants for pair in job.planted[name]),
     )
+
+
+def _listed(shots: Listing) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(("path", "label"))
+    pairs = zip(shots.classes, shots.files, strict=True)
+    rows.writerows((path.absolute(), name) for name, files in pairs for path in files)
+    return text.getvalue()
 
 
 def _defend(task: Task, name: str) -> tuple[Cost, Defended]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.files import remove, write_text
+from cbpt_guard.files import in_turn, remove, write_text
 
 
 class Cost(BaseModel):
@@ -46,18 +46,23 @@ class Clock:
         """Have `path` made if nobody has yet; its cost is kept beside it, and is added where it was there already.
 
         What lies there without its cost was left by a crash between the two, and is made anew. `make` calls no `once`
-        itself: whoever finds `path` later would not pay for what that found.
+        itself: whoever finds `path` later would not pay for what that found. Waiting for another process that makes it
+        costs nothing.
         """
         if path in self._counted:
             return
         cost = path.with_name(f"{path.name}-cost.json")
-        if path.exists() and cost.exists():
-            self._shared.append(Cost.model_validate_json(cost.read_bytes()))
-        else:
-            remove(path)
-            started = _Moment.now()
-            make()
-            write_text(cost, _since(started).model_dump_json())
+        asked = time.perf_counter()
+        with in_turn(path):
+            waited = time.perf_counter() - asked
+            self._started = self._started._replace(wall=self._started.wall + waited)
+            if path.exists() and cost.exists():
+                self._shared.append(Cost.model_validate_json(cost.read_bytes()))
+            else:
+                remove(path)
+                started = _Moment.now()
+                make()
+                write_text(cost, _since(started).model_dump_json())
         self._counted.add(path)
 
     def read(self) -> Cost:

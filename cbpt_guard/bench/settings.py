@@ -139,6 +139,8 @@ SETTINGS: dict[str, BaseModel | None] = {
     "oracle": ORACLE,
 }
 """The settings of each defence of `DEFENSES`."""
+INDEPENDENT = frozenset(SETTINGS) - {"cbpt", "cbpt-prompts"}
+"""Those that take no more from each other than the images' features; both rules of CBPT answer from one run."""
 
 
 def settings_of(name: str) -> dict[str, Any]:

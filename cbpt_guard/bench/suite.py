@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.bench.processes import Report, Step, nothing, side_by_side, silent
+from cbpt_guard.bench.settings import INDEPENDENT
 from cbpt_guard.errors import InputError
 
 READS, PLANTINGS = "test-reads.jsonl", "plantings.jsonl"
@@ -39,8 +40,8 @@ def run_suite(
             How each suspect was planted, and what it did, is kept in `plantings.jsonl` beside it.
         split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
         device: where torch computes.
-        jobs: how many processes measure side by side; defences of one suspect and one draw of shots, which leave things
-            to each other, follow one another.
+        jobs: how many processes measure side by side; both rules of CBPT, and defences of one's own, follow one another
+            where suspect and shots are the same, since they may share a run.
         start: called first in every process that measures, such as to set its threads; it must be picklable.
         report: is told, in words, what is done next.
 
@@ -101,7 +102,9 @@ def lines_in(folder: Path) -> list[Line]:
 
 
 def _steps(plan: Plan, groups: Sequence[Group], places: Places, split: Split, device: str) -> list[Step]:
-    """Every group after what it needs: its implants, or their triggers, and the group before it in the same folder."""
+    """Every group after what it needs: its implants, or their triggers, and, where it may use what another defence of
+    the same suspect and shots leaves, the one before it.
+    """
     planted = {name for group in groups if not group.control for name in group.implants}
     steps: dict[object, Step] = {}
     before: dict[object, Group] = {}
@@ -112,9 +115,9 @@ def _steps(plan: Plan, groups: Sequence[Group], places: Places, split: Split, de
             steps.setdefault((make, name), Step((make, name), make, (plan, name, places, device)))
             needs.add((make, name))
         folder = (group.unit, group.seed, group.shots)
-        if folder in before:
-            needs.add(before[folder])
-        before[folder] = group
+        if group.defense not in INDEPENDENT:
+            needs |= {before[folder]} if folder in before else set()
+            before[folder] = group
         what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
         arguments = (plan, group, places, split, device)
         steps[group] = Step(group, _measure, arguments, frozenset(needs), f"{number} of {len(groups)}: {what}")
