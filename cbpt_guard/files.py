@@ -92,6 +92,8 @@ def staged(
 def in_turn(out: Path) -> Iterator[None]:
     """Wait for others that are in turn for the same output, hold `.OUT.turn` beside it.
 
+    A killed process leaves that file behind; whoever is next in turn takes it, and takes it away.
+
     Raises:
         SetupError: the disk refuses.
     """

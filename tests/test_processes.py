@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
+from multiprocessing.popen_spawn_posix import Popen
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,63 @@ def span(begun: Path, seconds: float) -> tuple[float, float]:
     return began, time.monotonic()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_starts_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """It reaches this process right after the start, when the new one is known."""
+    launch, begun = Popen._launch, []
+
+    def struck(self: Popen, process: object) -> None:
+        launch(self, process)
+        begun.append(self.pid)
+        signal.raise_signal(number)
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Popen, "_launch", struck)
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            results(Step("slow", span, (tmp_path / "slow", 100)))
+    finally:
+        signal.signal(number, before)
+    assert [_lives(str(pid)) for pid in begun] == [False]
+
+
+def test_all_that_run_are_told_to_end_before_the_first_is_waited_for(tmp_path: Path) -> None:
+    """Each takes two seconds to tidy up, which they do together."""
+    slow = [Step(name, _slow_to_end, (tmp_path / name,)) for name in "ab"]
+    with closing(side_by_side([*slow, Step("c", _wait_for, (tmp_path / "a", tmp_path / "b"))], jobs=3)) as found:
+        next(found)
+        began = time.monotonic()
+    assert time.monotonic() - began < 3.5
+    assert not any(_lives((tmp_path / name).read_text()) for name in "ab")
+
+
+def test_what_ended_beside_a_failing_step_is_not_lost(tmp_path: Path) -> None:
+    go, refused = tmp_path / "go", tmp_path / "refused"
+    steps = [
+        Step("first", span, (tmp_path / "first", 0)),
+        Step("refused", _refuse_when, (go, refused)),
+        Step("good", _wait_for, (go, refused)),
+    ]
+    found = side_by_side(steps, jobs=3)
+    assert next(found)[0].name == "first"
+    go.write_text("now")
+    _wait_for(refused)
+    time.sleep(1)  # both have answered
+    assert next(found)[0].name == "good"
+    with pytest.raises(InputError, match="no such luck"):
+        next(found)
+
+
+def test_no_jobs_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 jobs"):
+        results(Step("one", _double, (21,)), jobs=0)
+
+
 def test_a_step_begins_when_what_it_needs_has_ended_and_no_more_run_than_jobs(tmp_path: Path) -> None:
     """`b` and `d` need `a`; `c` stands between them and needs nothing, so with two jobs it begins beside `a`."""
     needs = {"a": "", "b": "a", "c": "", "d": "a"}
@@ -132,11 +191,21 @@ def test_whoever_stops_taking_results_ends_what_runs(tmp_path: Path) -> None:
     assert not _lives((tmp_path / "slow").read_text())
 
 
-def _wait_for(path: Path) -> None:
-    while not path.exists() or not path.read_text():
+def _wait_for(*paths: Path) -> None:
+    while not all(path.exists() and path.read_text() for path in paths):
         time.sleep(0.02)
 
 
-def _refuse_when(path: Path) -> None:
+def _slow_to_end(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    try:
+        time.sleep(100)
+    finally:
+        time.sleep(2)
+
+
+def _refuse_when(path: Path, then: Path | None = None) -> None:
     _wait_for(path)
+    if then is not None:
+        then.write_text("now")
     _refuse()

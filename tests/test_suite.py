@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -27,7 +28,8 @@ from cbpt_guard.bench.digits import write_class_folders
 from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
-from cbpt_guard.bench.settings import SETTINGS, ProbeSettings
+from cbpt_guard.bench.processes import Step
+from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT, SETTINGS, ProbeSettings
 from cbpt_guard.bench.suite import PLANTINGS, READS, chosen, missing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
@@ -483,17 +485,51 @@ def test_a_planting_is_written_down_beside_the_lines(
 
 def test_a_group_waits_for_its_implants_and_for_what_it_may_share(plan: Plan) -> None:
     first, _, control = plan.groups()
-    names = ["cbpt", "none", "cbpt-prompts", "own:defence", "probe"]
+    names = ["cbpt", "none", "cbpt-prompts", f"{ABLATIONS}no_patch", "own:defence", "probe", f"{ABLATIONS}no_wave"]
     groups = [first.model_copy(update={"defense": name, "seed": seed}) for seed in (0, 1) for name in names]
     planting, *measuring = suite._steps(plan, [*groups, control], Places((), Path()), "clean", "cpu")
     assert planting.name == (suite._plant, "badnet"), "asked for once; the control takes the implant's own triggers"
     assert [step.name for step in measuring] == [*groups, control]
     assert all(planting.name in step.needs for step in measuring)
     waits = [[(g.defense, g.seed) for g in step.needs - {planting.name}] for step in measuring]
-    once = [[], [], ["cbpt"], ["cbpt-prompts"], []]
+    once = [[], [], ["cbpt"], ["cbpt"], [f"{ABLATIONS}no_patch"], [], ["cbpt"]]
     assert waits == [*([(name, seed) for name in before] for seed in (0, 1) for before in once), []]
     triggers, alone = suite._steps(plan, [control], Places((), Path()), "clean", "cpu")
     assert (triggers.name, alone.needs) == ((suite._triggers, "badnet"), {(suite._triggers, "badnet")})
+
+
+def test_both_rules_of_cbpt_share_a_run_and_no_rival_does() -> None:
+    assert set(SETTINGS) - set(INDEPENDENT) == {"cbpt", "cbpt-prompts"}
+    assert set(INDEPENDENT) <= set(SETTINGS)
+
+
+def test_a_run_that_cannot_write_its_lines_ends_what_it_began(
+    plan: Plan, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def watched(steps: Sequence[Step], *, jobs: int, **_: object) -> Generator[tuple[Step, Any]]:
+        try:
+            yield steps[1], [cell]  # which is no line
+        finally:
+            ended.append(f"with {jobs} jobs")
+
+    monkeypatch.setattr("cbpt_guard.bench.suite.side_by_side", watched)
+    with pytest.raises(AttributeError) as kept:
+        run_suite(plan, places, tmp_path / "lines.jsonl", jobs=3)
+    assert ended == ["with 3 jobs"], kept
+
+
+def test_several_jobs_share_the_cores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, Any]] = []
+    monkeypatch.setattr(
+        "cbpt_guard.bench.suite.run_suite", lambda *_, jobs, start, **__: asked.append((jobs, *start.args)) or 0
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    options = ("--plan", root / "plan.toml", "--out", tmp_path / "lines.jsonl", "--work", tmp_path)
+    for more in ((), ("--jobs", 2), ("--jobs", 20), ("--jobs", 2, "--threads", 3)):
+        assert cli("bench", "run", *options, *more).exit_code == 0
+    assert asked == [(1, None), (2, 4), (20, 1), (2, 3)]
 
 
 def test_the_control_makes_the_triggers_alone(plan: Plan, places: Places) -> None:

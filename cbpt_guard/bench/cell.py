@@ -7,6 +7,7 @@ import io
 import os
 import platform
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import cast
@@ -186,7 +187,7 @@ def _classifier(name: str, defended: Defended, task: Task, images: ImageSet, sto
     """
     if defended.run is not None:
         bundle = export(defended.run, task.folder / f"{defended.run.name}-bundle", allow_unguarded=True, force=True)
-        return counting.by_bundle(GuardedClassifier.load(bundle), images)
+        return counting.by_bundle(GuardedClassifier.load(bundle, threads=torch.get_num_threads()), images)
     if defended.clip is task.clip and name != UNTOUCHED:
         return counting.by_head(defended.answer, lambda trigger: store.features(task.clip, images, trigger))
     return counting.by_head(defended.answer, lambda trigger: counting.encoded(defended.clip, images, trigger))
@@ -222,13 +223,21 @@ def _line(
         cpu_seconds=cost.cpu_seconds,
         peak_mb=cost.peak_mb,
         settings=job.plan.settings(key),
-        versions={"cbpt_guard": __version__, **tool_versions()},
+        versions={"cbpt_guard": __version__, **tool_versions(), **_counted_with()},
         machine=_machine(job.device),
         suspect_sha256=sha256,
         suspects=suspects,
         search=defended.search,
+        chosen=defended.chosen,
         warnings=defended.warnings,
     )
+
+
+def _counted_with() -> dict[str, str]:
+    """What a line may depend on besides: bundles answer by the one, CleanCLIP augments by the other."""
+    import onnxruntime  # of which there are two packages
+
+    return {"onnxruntime": onnxruntime.__version__, "torchvision": version("torchvision")}
 
 
 def _machine(device: str) -> str:

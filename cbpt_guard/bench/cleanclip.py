@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbpt_guard.bench.finetune import Batch, Loss, clip_loss, fine_tuned
+from cbpt_guard.bench.finetune import Batch, Loss, Variant, clip_loss, fine_tuned
 from cbpt_guard.bench.settings import CLEANCLIP, CleanClipSettings
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.bench.trainable import TrainableClip
@@ -17,7 +17,7 @@ from cbpt_guard.defense.clip import to_pixels
 
 def cleanclip(task: Task, settings: CleanClipSettings = CLEANCLIP) -> Defended:
     """Fine-tuning with CleanCLIP's loss."""
-    return fine_tuned(task, settings, [cleanclip_loss(task, settings)])
+    return fine_tuned(task, settings, [Variant(cleanclip_loss(task, settings), {})])
 
 
 def cleanclip_loss(task: Task, settings: CleanClipSettings) -> Loss:

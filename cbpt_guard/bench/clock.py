@@ -47,7 +47,7 @@ class Clock:
 
         What lies there without its cost was left by a crash between the two, and is made anew. `make` calls no `once`
         itself: whoever finds `path` later would not pay for what that found. Waiting for another process that makes it
-        costs nothing.
+        costs nothing. The peak is that of whoever makes it, up to then: ask before anything that needs more memory.
         """
         if path in self._counted:
             return

@@ -52,6 +52,7 @@ class SharedContext:
 class _Epoch(NamedTuple):
     accuracy: float
     head: Head
+    chosen: dict[str, float]
 
 
 def coop(task: Task, settings: CoopSettings = COOP) -> Defended:
@@ -59,15 +60,16 @@ def coop(task: Task, settings: CoopSettings = COOP) -> Defended:
     features, shots = shot_features(task), Shots.of(task, settings.held_out)
     found: list[_Epoch] = []
 
-    def judge(rows: Tensor, loss: float) -> None:
+    def judge(rows: Tensor, loss: float, chosen: dict[str, float]) -> None:
         head = Head(rows, task.original.scale, task.original.bias)
-        found.append(_Epoch(clean_accuracy(head.logits(features[shots.unseen]), shots.labels[shots.unseen]), head))
+        accuracy = clean_accuracy(head.logits(features[shots.unseen]), shots.labels[shots.unseen])
+        found.append(_Epoch(accuracy, head, chosen))
         task.progress(Step("coop", len(found), settings.epochs * len(settings.learning_rates), loss))
 
     for learning_rate in settings.learning_rates:
         _tune(task, features[shots.kept], shots.labels[shots.kept], learning_rate, settings, judge)
     best = max(found, key=lambda epoch: epoch.accuracy)
-    return Defended(task.clip, unflagged(best.head.logits, task.original.logits))
+    return Defended(task.clip, unflagged(best.head.logits, task.original.logits), chosen=best.chosen)
 
 
 def _tune(
@@ -76,7 +78,7 @@ def _tune(
     labels: Tensor,
     learning_rate: float,
     settings: CoopSettings,
-    judge: Callable[[Tensor, float], None],
+    judge: Callable[[Tensor, float, dict[str, float]], None],
 ) -> None:
     shared, draws = SharedContext(task), generator(task.seed, "coop")
     optimiser = torch.optim.SGD(
@@ -90,7 +92,7 @@ def _tune(
         return (1 + math.cos(math.pi * step / (steps * settings.epochs))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    for _ in range(settings.epochs):
+    for epoch in range(1, settings.epochs + 1):
         for index in torch.randperm(len(labels), generator=draws).split(settings.batch):
             rows = shared.rows().requires_grad_()
             logits = Head(rows, task.original.scale, task.original.bias).logits(features[index])
@@ -99,4 +101,4 @@ def _tune(
             shared.backward(gradient)
             optimiser.step()
             schedule.step()
-        judge(shared.rows(), loss.item())
+        judge(shared.rows(), loss.item(), {"learning_rate": learning_rate, "epoch": epoch})

@@ -92,11 +92,12 @@ class FeatureStore:
         """Unit features (N, E) of the counted images of a set, clean or triggered."""
         name = hashlib.sha256("\n".join((self.model, images.digest(), described(trigger))).encode()).hexdigest()
         path = self.folder / f"{name}.npy"
-        with in_turn(path):  # a process beside this one may need the same
-            if not path.exists():
-                partial = path.with_suffix(".new.npy")
-                np.save(partial, encoded(clip, images, trigger, everything=True).numpy())
-                partial.replace(path)
+        if not path.exists():
+            with in_turn(path):  # a process beside this one may need the same
+                if not path.exists():
+                    partial = path.with_suffix(".new.npy")
+                    np.save(partial, encoded(clip, images, trigger, everything=True).numpy())
+                    partial.replace(path)
         return torch.from_numpy(np.load(path, allow_pickle=False)[images.counted])
 
 

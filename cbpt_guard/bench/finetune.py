@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,16 @@ Loss = Callable[[TrainableClip, Batch, torch.Generator], Tensor]
 """The loss of a step, (); what it draws comes from the generator."""
 
 
+class Variant(NamedTuple):
+    """A loss among several, and what tells it from the others, by name."""
+
+    loss: Loss
+    settings: dict[str, float]
+
+
 def ft(task: Task, settings: FineTuneSettings = FT) -> Defended:
     """Plain fine-tuning with CLIP's loss."""
-    return fine_tuned(task, settings, [lambda student, batch, draws: clip_loss(batch)])
+    return fine_tuned(task, settings, [Variant(lambda student, batch, draws: clip_loss(batch), {})])
 
 
 def clip_loss(batch: Batch) -> Tensor:
@@ -67,25 +74,28 @@ def clip_loss(batch: Batch) -> Tensor:
     return (F.cross_entropy(logits, batch.position) - (of_captions / counts).sum() / len(batch.rows)) / 2
 
 
-def fine_tuned(task: Task, settings: FineTuneSettings, losses: Sequence[Loss]) -> Defended:
+def fine_tuned(task: Task, settings: FineTuneSettings, variants: Sequence[Variant]) -> Defended:
     """Choose the loss and the learning rate by short trials, then train with them and choose the epoch.
 
     Args:
-        losses: the strongest first.
+        variants: the strongest first.
     """
     work = FineTuning(task, settings)
     least = work.accuracy(TrainableClip.copy_of(task.clip)) - settings.accuracy_slack
-    trials = [(loss, rate) for loss in losses for rate in sorted(settings.learning_rates, reverse=True)]
+    trials = [(variant, rate) for variant in variants for rate in sorted(settings.learning_rates, reverse=True)]
     chosen = trials[0]
     if len(trials) > 1:
-        chosen = first_keeping(((work.trial(*trial), trial) for trial in trials), least)
+        chosen = first_keeping(((work.trial(one.loss, rate), (one, rate)) for one, rate in trials), least)
+    variant, rate = chosen
     student = TrainableClip.copy_of(task.clip)
-    epochs = work.train(student, *chosen, settings.epochs)
-    states = ((work.accuracy(student), _state(student)) for _ in epochs)
-    student.model.load_state_dict(last_keeping(states, least))
+    epochs = work.train(student, variant.loss, rate, settings.epochs)
+    states = ((work.accuracy(student), (number, _state(student))) for number in epochs)
+    epoch, state = last_keeping(states, least)
+    student.model.load_state_dict(state)
     clip = student.frozen()
     head = zero_shot_head(clip, task.shots.classes, task.template)
-    return Defended(clip, unflagged(head.logits, head.logits))
+    found = {"learning_rate": rate, "epoch": epoch, **variant.settings}
+    return Defended(clip, unflagged(head.logits, head.logits), chosen=found)
 
 
 def first_keeping(candidates: Iterable[tuple[float, _Any]], least: float) -> _Any:
@@ -134,7 +144,7 @@ class FineTuning:
         return self.accuracy(student)
 
     def train(self, student: TrainableClip, loss: Loss, learning_rate: float, epochs: int) -> Iterator[int]:
-        """Change the student; yields after each epoch."""
+        """Change the student; yields after each epoch its number, from 1."""
         settings, draws = self._settings, generator(self._task.seed, "fine-tuning")
         moving = [value for value in student.model.parameters() if value.requires_grad]
         optimiser = torch.optim.AdamW(moving, learning_rate, weight_decay=settings.weight_decay, fused=True)
@@ -152,7 +162,7 @@ class FineTuning:
                 schedule.step()
                 done += 1
                 self._task.progress(Step("fine-tuning", done, steps, value.item()))
-            yield epoch
+            yield epoch + 1
 
     def _batch(self, student: TrainableClip, index: Tensor, draws: torch.Generator) -> Batch:
         classes, position = self._shots.labels[index].unique(return_inverse=True)

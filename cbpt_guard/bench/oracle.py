@@ -39,8 +39,10 @@ def oracle(task: Task, settings: OracleSettings = ORACLE) -> Defended:
     prompts = tuned_prompts(
         task, kept, settings.learning_rates, settings.tuning, lambda head: mean_pa(head.logits, unseen, targets)
     )
-    better = prompts.head.logits if prompts.score >= strengths[strength] else linear(everything, strength)
-    return Defended(task.clip, unflagged(better, task.original.logits))
+    if prompts.score >= strengths[strength]:
+        return Defended(task.clip, unflagged(prompts.head.logits, task.original.logits), chosen=prompts.chosen)
+    logits = linear(everything, strength)
+    return Defended(task.clip, unflagged(logits, task.original.logits), chosen={"strength": strength})
 
 
 def mean_pa(logits: Logits, data: FeatureSet, targets: list[int]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbpt_guard.bench.finetune import Batch, Loss, clip_loss, fine_tuned
+from cbpt_guard.bench.finetune import Batch, Variant, clip_loss, fine_tuned
 from cbpt_guard.bench.rival import shot_features
 from cbpt_guard.bench.settings import PAR, ParSettings
 from cbpt_guard.bench.task import Defended, Task
@@ -17,19 +17,19 @@ def par(task: Task, settings: ParSettings = PAR) -> Defended:
     return fine_tuned(task, settings, par_losses(task, settings))
 
 
-def par_losses(task: Task, settings: ParSettings) -> list[Loss]:
+def par_losses(task: Task, settings: ParSettings) -> list[Variant]:
     """CLIP's loss less how far images and captions lie from where the suspect has them; the largest threshold first."""
     images = shot_features(task).to(task.clip.device)
     texts = [template.replace("{}", name) for template in settings.templates for name in task.shots.classes]
     captions = task.clip.encode_texts(texts).view(len(settings.templates), len(task.shots.classes), -1)
 
-    def with_threshold(threshold: float) -> Loss:
+    def with_threshold(threshold: float) -> Variant:
         def loss(student: TrainableClip, batch: Batch, draws: torch.Generator) -> Tensor:
             templates, classes = batch.captions.T
             moved = distance(batch.features, images[batch.index], threshold)
             return clip_loss(batch) - moved - distance(batch.rows, captions[templates, classes], threshold)
 
-        return loss
+        return Variant(loss, {"threshold": threshold})
 
     return [with_threshold(threshold) for threshold in sorted(settings.thresholds, reverse=True)]
 

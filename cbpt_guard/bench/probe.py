@@ -24,7 +24,7 @@ def probe(task: Task, settings: ProbeSettings = PROBE) -> Defended:
 
     strength = max(settings.strengths, key=accuracy)
     logits = linear_head(features, shots.labels, strength, settings.iterations, classes)
-    return Defended(task.clip, unflagged(logits, task.original.logits))
+    return Defended(task.clip, unflagged(logits, task.original.logits), chosen={"strength": strength})
 
 
 def linear_head(features: Tensor, labels: Tensor, strength: float, iterations: int, classes: int) -> Logits:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from multiprocessing import connection, resource_tracker
@@ -51,7 +51,7 @@ def side_by_side(
 
     Args:
         steps: no two of one name; what they need is among them.
-        jobs: how many processes run at once, 1 or more.
+        jobs: how many processes run at once.
         start: called first in every process; picklable.
         report: is told a step's words when it begins.
 
@@ -59,9 +59,12 @@ def side_by_side(
         A step and its result, as they end.
 
     Raises:
-        CbptGuardError: as a step raises it; the others are ended.
+        CbptGuardError: as a step raises it; what had ended beside it is yielded before, the others are ended.
         SetupError: a process died, or none could be started.
+        ValueError: `jobs` is below 1.
     """
+    if jobs < 1:
+        raise ValueError(f"{jobs} jobs do nothing")
     place = {step.name: number for number, step in enumerate(steps)}
     order = TopologicalSorter({number: [place[name] for name in step.needs] for number, step in enumerate(steps)})
     order.prepare()
@@ -75,16 +78,23 @@ def side_by_side(
                 number = heapq.heappop(ready)
                 if steps[number].words:
                     report(steps[number].words)
-                running[number] = _Worker(steps[number], start)
+                running[number] = worker = _Worker(steps[number], start)
+                worker.begin()
             ended = connection.wait([worker.pipe for worker in running.values()])
+            failed: CbptGuardError | None = None
             for number in [number for number, worker in running.items() if worker.pipe in ended]:
-                result = running[number].answer()
+                try:
+                    result = running[number].answer()
+                except CbptGuardError as error:
+                    failed = failed or error
+                    continue
                 del running[number]
                 order.done(number)
                 yield steps[number], result
+            if failed is not None:
+                raise failed
     finally:
-        for worker in running.values():
-            worker.end()
+        _end_all(running.values())
 
 
 class _Worker:
@@ -92,17 +102,21 @@ class _Worker:
 
     def __init__(self, step: Step, start: Callable[[], None]) -> None:
         context = multiprocessing.get_context("spawn")  # a forked torch may hang
-        self.pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_answering, args=(theirs, step.work, step.arguments, start))
+        self.pipe, self._theirs = context.Pipe(duplex=False)
+        arguments = (self._theirs, step.work, step.arguments, start)
+        self._process = context.Process(target=_answering, args=arguments)
+
+    def begin(self) -> None:
+        """Start the process; whoever is interrupted meanwhile must `end` it."""
         try:
-            with _deaf_to_ctrl_c():
+            with _deaf():
                 self._process.start()
         except OSError as error:
             raise SetupError(f"no process of the suite could be started: {error.strerror}") from error
-        theirs.close()
+        self._theirs.close()
 
     def answer(self) -> object:
-        """Wait for the step's result, and for the process to end.
+        """Wait for the step's result, and for the process to end if it gives one.
 
         Raises:
             CbptGuardError: as the step raised it.
@@ -119,26 +133,40 @@ class _Worker:
             ) from error
         if isinstance(result, CbptGuardError):
             raise result
-        self.end()
+        _end_all([self])
         return result
 
+    def tell(self) -> None:
+        """Tell the process to end, if it runs."""
+        if self._process.pid is not None:
+            self._process.terminate()
+
     def end(self) -> None:
-        """End the process, unless it has ended."""
+        """Wait for the process, which was told to end, and kill it if it does not."""
+        if self._process.pid is not None:
+            self._process.join(_PATIENCE)
+            self._process.kill()
+            self._process.join()
         self.pipe.close()
-        self._process.terminate()
-        self._process.join(_PATIENCE)
-        self._process.kill()
-        self._process.join()
+
+
+def _end_all(workers: Collection[_Worker]) -> None:
+    """All are told before the first is waited for."""
+    for worker in workers:
+        worker.tell()
+    for worker in workers:
+        worker.end()
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def _deaf() -> Iterator[None]:
     """Whatever starts meanwhile never sees Ctrl-C, which a terminal sends to all: this process ends it, in few words.
 
-    Blocked, not ignored: a Ctrl-C that comes meanwhile reaches this process right afterwards.
+    Blocked, not ignored: a signal that comes meanwhile reaches this process right afterwards. SIGTERM waits, too, for
+    it would leave a process behind that nobody knows; whatever has started lets it in again.
     """
     resource_tracker.ensure_running()  # which unblocks Ctrl-C, and would do so between here and the start
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -150,6 +178,7 @@ def _answering(
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     start()
     try:
         result = work(*arguments)

@@ -21,10 +21,11 @@ from cbpt_guard.defense.verdict import clean_accuracy
 
 
 class Best(NamedTuple):
-    """The head that did best on held-out shots, and how well: a share in [0, 1]."""
+    """The head that did best on held-out shots, how well (a share in [0, 1]), and what it was tuned with."""
 
     score: float
     head: Head
+    chosen: dict[str, float]
 
 
 def clean_prompts(task: Task, settings: CleanPromptsSettings = CLEAN_PROMPTS) -> Defended:
@@ -39,7 +40,7 @@ def clean_prompts(task: Task, settings: CleanPromptsSettings = CLEAN_PROMPTS) ->
         settings.tuning,
         lambda head: clean_accuracy(head.logits(unseen.clean), unseen.labels),
     )
-    return Defended(task.clip, unflagged(best.head.logits, task.original.logits))
+    return Defended(task.clip, unflagged(best.head.logits, task.original.logits), chosen=best.chosen)
 
 
 def tuned_prompts(
@@ -53,12 +54,13 @@ def tuned_prompts(
     found: list[Best] = []
     steps = len(learning_rates) * settings.epochs
 
-    def judge(number: int, loss: float, rows: Tensor) -> None:
-        head = Head(rows, task.original.scale, task.original.bias)
-        found.append(Best(score(head), head))
-        task.progress(Step("prompts", len(found), steps, loss))
-
     for learning_rate in learning_rates:
+
+        def judge(number: int, loss: float, rows: Tensor, rate: float = learning_rate) -> None:
+            head = Head(rows, task.original.scale, task.original.bias)
+            found.append(Best(score(head), head, {"learning_rate": rate, "epoch": number}))
+            task.progress(Step("prompts", len(found), steps, loss))
+
         every = torch.arange(len(task.shots.classes))
         prompts = ClassPrompts(task.clip, list(task.shots.classes), task.template, every, settings.chunk)
         own = settings.model_copy(update={"learning_rate": learning_rate})

@@ -139,7 +139,7 @@ SETTINGS: dict[str, BaseModel | None] = {
     "oracle": ORACLE,
 }
 """The settings of each defence of `DEFENSES`."""
-INDEPENDENT = frozenset(SETTINGS) - {"cbpt", "cbpt-prompts"}
+INDEPENDENT = ("none", "ensemble", "ft", "cleanclip", "par", "coop", "clean-prompts", "probe", "oracle")
 """Those that take no more from each other than the images' features; both rules of CBPT answer from one run."""
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.bench.processes import Report, Step, nothing, side_by_side, silent
-from cbpt_guard.bench.settings import INDEPENDENT
+from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT
 from cbpt_guard.errors import InputError
 
 READS, PLANTINGS = "test-reads.jsonl", "plantings.jsonl"
@@ -49,7 +49,7 @@ def run_suite(
         CbptGuardError: as the defence or the counting raises it.
         SetupError: a process died, or another command appends to `out`.
     """
-    asked = missing(plan, plan.groups() if groups is None else groups, out, split)
+    asked = missing(plan, plan.groups() if groups is None else list(dict.fromkeys(groups)), out, split)
     steps = _steps(plan, asked, places, split, device)
     added = 0
     with appending(out) as append:
@@ -102,22 +102,22 @@ def lines_in(folder: Path) -> list[Line]:
 
 
 def _steps(plan: Plan, groups: Sequence[Group], places: Places, split: Split, device: str) -> list[Step]:
-    """Every group after what it needs: its implants, or their triggers, and, where it may use what another defence of
-    the same suspect and shots leaves, the one before it.
+    """Every group after what it needs: its implants, or their triggers, and, where defences of the same suspect and
+    shots may share a run, the one before it; ablations only read it, so they need no more than the first.
     """
     planted = {name for group in groups if not group.control for name in group.implants}
     steps: dict[object, Step] = {}
-    before: dict[object, Group] = {}
+    sharing: dict[object, list[Group]] = {}
     for number, group in enumerate(groups, 1):
         needs: set[object] = set()
         for name in group.implants:
             make = _plant if name in planted else _triggers
             steps.setdefault((make, name), Step((make, name), make, (plan, name, places, device)))
             needs.add((make, name))
-        folder = (group.unit, group.seed, group.shots)
         if group.defense not in INDEPENDENT:
-            needs |= {before[folder]} if folder in before else set()
-            before[folder] = group
+            before = sharing.setdefault((group.unit, group.seed, group.shots), [])
+            needs.update(before[:1] if group.defense.startswith(ABLATIONS) else before[-1:])
+            before.append(group)
         what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
         arguments = (plan, group, places, split, device)
         steps[group] = Step(group, _measure, arguments, frozenset(needs), f"{number} of {len(groups)}: {what}")

@@ -60,6 +60,7 @@ class Defended:
         warnings: what the defence warned of.
         suspects: the classes that the defence takes for an attacker's.
         search: version of the search that found them.
+        chosen: what it chose on held-out shots, such as a learning rate or an epoch (from 1), by name.
     """
 
     clip: FrozenClip
@@ -69,6 +70,7 @@ class Defended:
     warnings: tuple[str, ...] = ()
     suspects: tuple[str, ...] = ()
     search: int | None = None
+    chosen: dict[str, float] = field(default_factory=dict)
 
 
 class Defense(Protocol):
