@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import tomllib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,13 @@ from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars, verdicts
 from cbpt_guard.bench.limits import limits
-from cbpt_guard.bench.lines import CONTROL, Key, Line
+from cbpt_guard.bench.lines import CONTROL, OFF, Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.settings import SETTINGS, settings_of
 from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
 from cbpt_guard.bench.summary import summary
-from cbpt_guard.bench.table import OURS, joined, table, tame_text
+from cbpt_guard.bench.table import OURS, UNTOUCHED, joined, table, tame_text
 from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent
@@ -119,8 +120,9 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "reads": reads(),
         "rechecks": rechecks(read(RECHECKS)),
         "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
-        "recipes": "\n".join(recipes(read(RECIPES / PLANTINGS))),
+        "recipes": "\n".join(recipes(read(RECIPES / PLANTINGS), lines_in(RECIPES))),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
+        "chosen": "\n".join(chosen([line for line in lines if line.defense in SETTINGS])),
         "settings": "\n\n".join(stated()),
     }
 
@@ -200,8 +202,11 @@ def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[s
             yield joined((name, record["suspect_sha256"][:8], trigger, target, *shares, str(report["images"]), took))
 
 
-def recipes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each implant of one attack did, by its last planting, and what differs in their recipes."""
+def recipes(records: Sequence[dict[str, Any]], lines: Sequence[Line]) -> Iterator[str]:
+    """What each implant of one attack did, and what differs in their recipes.
+
+    By its last planting, which counts on few images, and by the undefended suspect's line, which counts on many.
+    """
     last = {record["implant"]: record for record in records}
     if not last:
         yield "None has been measured yet."
@@ -209,14 +214,46 @@ def recipes(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     names = dict.fromkeys(name for record in last.values() for name in record["recipe"])
     values = {name: [str(record["recipe"].get(name, "-")) for record in last.values()] for name in names}
     differ = [name for name, found in values.items() if len(set(found)) > 1]
-    head = ("implant", *(name.replace("_", " ") for name in differ), "CA, clean model", "CA, poisoned", "ASR", "images")
-    yield joined((*head, "took"))
-    yield joined(["---"] * (len(head) + 1))
+    many = {line.implant: line for line in lines if line.defense == UNTOUCHED and line.attack != OFF}
+    planted = ("CA, clean model", "CA, poisoned", "ASR", "images", "took")
+    counted = ("CA, poisoned", "target's recall", "images")
+    head = ("implant", *(name.replace("_", " ") for name in differ), *planted, *counted)
+    yield joined(head)
+    yield joined(["---"] * len(head))
     for number, (implant, record) in enumerate(last.items()):
         took = "yes" if record["took"] else "no"
         for report in record["reports"]:
             shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
-            yield joined((implant, *(values[name][number] for name in differ), *shares, str(report["images"]), took))
+            cells = [*(values[name][number] for name in differ), *shares, str(report["images"]), took]
+            line = many.get(implant)
+            if line is None:
+                cells += ["-"] * len(counted)
+            else:
+                cells += [f"{100 * line.ca:.1f}", f"{100 * line.target_recall:.1f}", str(line.images)]
+            yield joined((implant, *cells))
+
+
+def chosen(lines: Sequence[Line]) -> Iterator[str]:
+    """What each defence chose on held-out shots, how often, and what it could choose from."""
+    runs = {(line.suspect_sha256, line.defense, line.seed, line.shots): line for line in lines if line.chosen}
+    if not runs:
+        yield "No line says it yet."
+        return
+    yield joined(("defence", "runs", "what", "chosen (times)", "of"))
+    yield joined(["---"] * 5)
+    for defense in dict.fromkeys(line.defense for line in runs.values()):
+        own = [line.chosen or {} for line in runs.values() if line.defense == defense]
+        settings = settings_of(defense)
+        tuning = settings | settings.get("tuning", {})
+        for name in sorted({name for values in own for name in values}):
+            times = Counter(values[name] for values in own if name in values)
+            told = ", ".join(f"{value:g} ({count})" for value, count in sorted(times.items()))
+            tried = f"1 to {tuning['epochs']}" if name == "epoch" else _listed(settings[f"{name}s"])
+            yield joined((defense, str(len(own)), name.replace("_", " "), told, tried))
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values))
 
 
 def stated() -> Iterator[str]:

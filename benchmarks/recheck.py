@@ -1,6 +1,6 @@
 """Measure a drawn cell of the committed evidence again, from the clean model on, and compare.
 
-    python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW --final
+    python benchmarks/recheck.py --seed 1 --root ../shared --root IMAGES --work NEW --jobs 2 --final
 
 A seed draws one attack that took and one rival. The implant is planted anew, CBPT and the rival defend it once more,
 and CA, ASR and PA must lie within three deviations of the committed lines: of the seeds' spread, of counting so many
@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--root", type=Path, action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=1, help="of each job")
+    parser.add_argument("--jobs", type=int, default=1, help="2: CBPT and the rival side by side")
     parser.add_argument(
         "--final",
         action="store_true",
@@ -60,7 +61,7 @@ def main() -> None:
     plan = small_plan(Plan.read(PLAN), implant, rival)
     out = args.work / "lines.jsonl"
     start, began = partial(prepare_torch, args.threads), time.monotonic()
-    run_suite(plan, Places(tuple(args.root), args.work), out, split="test", start=start, report=print)
+    run_suite(plan, Places(tuple(args.root), args.work), out, split="test", jobs=args.jobs, start=start, report=print)
     again = read_lines(out)
     planted = {field: replanted(lines, field) for field in COMPARED.values()}
     told = [one for name in (OURS, rival) for one in compared(name, before(lines, implant, name), again, planted)]

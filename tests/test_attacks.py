@@ -43,6 +43,7 @@ from cbpt_guard.images import Pixels
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = "a photo of a {}."
 SEVEN = ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip")
+PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch")
 QUICK = OptimisedSettings(steps=6, images=24)
 
 
@@ -83,6 +84,9 @@ def test_an_attack_makes_a_trigger_from_its_seed_that_can_be_saved(
     shown = made.trigger.apply(images)
     assert (made.trigger, made.target) == (again.trigger, TARGET)
     assert (shown != images).any(axis=(1, 2, 3)).all()
+    assert (shown.dtype, shown.shape) == (np.uint8, images.shape)
+    assert (shown != images).any(axis=3).mean() <= (0.02 if name in PATCHES else 1)
+    assert np.abs(shown.astype(int) - images).mean() <= 40, "levels of 255, on average"
     assert (made.carriers == "target") is (name == "label-consistent")
     save_trigger(made.trigger, "nine", tmp_path)
     assert np.array_equal(load_trigger(tmp_path).trigger.apply(images), shown)

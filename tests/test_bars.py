@@ -178,6 +178,7 @@ def test_verdicts_against_the_truth() -> None:
     assert "| unverified | 0 | 1 |" in text
     assert "said once above an ASR of 5 % (wanet), and of 2 of 3 runs that succeeded" in text
     assert "said 0 times above an ASR of 5 %, and of 2 of 2 runs" in verdicts(runs[:2])
+    assert "On the counted images" not in verdicts([cbpt(verdict="unverified")])
     assert "none of these 3 guarded runs flag more than 1 % of the clean ones, and none lose more than 5 points" in text
     broken = [cbpt("sig", flag_clean=0.011, verdict="not guarded"), cbpt("issba", flag_clean=0.011)]
     kept = [cbpt("two", flag_clean=0.01, target_recall=0.35), cbpt("issba", seed=1, target_recall=0.349)]

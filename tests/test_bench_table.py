@@ -12,7 +12,7 @@ from lines import line
 from cbpt_guard.bench.lines import Line, Shares, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
-from cbpt_guard.bench.table import rows, table, wins
+from cbpt_guard.bench.table import COLUMNS, rows, table, wins
 from cbpt_guard.errors import InputError, SetupError
 
 OURS = [line(defense="cbpt", seed=seed, ca=0.50, asr=asr, pa=0.40) for seed, asr in enumerate((0.00, 0.01, 0.02))]
@@ -180,8 +180,8 @@ def test_a_cell_that_a_rival_wins_is_marked_and_named() -> None:
     assert "- badnet, 16 shots, probe: PA 41.0 against 40.0" in text
     found = rows(lines)
     assert [wins(found, row) for row in found] == [[], [], ["PA"]]
-    better = rows([*OURS, line(defense="probe", seed=2, ca=0.6, asr=0.0, pa=0.5, target_recall=0.5)])
-    assert wins(better, list(better)[1]) == ["CA", "ASR", "PA", "target's recall"]
+    better = rows([*OURS, line(defense="probe", seed=2, ca=0.6, asr=0.0, pa=0.5, max_share=0.8, target_recall=0.5)])
+    assert wins(better, list(better)[1]) == list(COLUMNS)
 
 
 @pytest.mark.parametrize(("seed", "won"), [(0, []), (2, ["ASR"]), (3, [])])
@@ -196,18 +196,24 @@ def test_a_rival_is_held_against_the_seeds_that_both_have(seed: int, won: list[s
     [
         line(defense="probe", seed=1, ca=0.5, asr=0.0096, pa=0.4),  # no difference that is shown
         line(defense="oracle", asr=0.0),
-        line(defense="cbpt-prompts", asr=0.0),
         line(defense="none", asr=0.0),
         line(defense="probe", asr=0.0, pa=0.9, attack="none", took=None),
         line(defense="probe", asr=0.0, pa=0.9, shots=4),
     ],
-    ids=["a tie", "the ceiling", "our own", "no defence", "the control", "other shots"],
+    ids=["a tie", "the ceiling", "no defence", "the control", "other shots"],
 )
-def test_what_is_no_rival_wins_nothing(other: Line) -> None:
+def test_what_cannot_be_compared_wins_nothing(other: Line) -> None:
     text = table([*OURS, other])
     assert "**9" not in text
     rival = other.defense == "probe" and (other.attack, other.shots) == ("badnet", 16)
-    assert ("CBPT loses no cell to a rival." if rival else "No rival was measured here.") in text
+    assert ("CBPT loses no cell." if rival else "No other defence was measured here.") in text
+
+
+@pytest.mark.parametrize("name", ["cbpt-prompts", "ensemble"])
+def test_a_cell_that_the_papers_rule_or_the_ensemble_wins_is_marked_too(name: str) -> None:
+    text = table([*OURS, line(defense=name, seed=2, asr=0.0)])
+    assert cells(text, name)[5] == "**0.0**"
+    assert f"- badnet, 16 shots, {name}: ASR 0.0 against 2.0" in text
 
 
 def test_the_control_stands_in_a_table_of_its_own() -> None:
@@ -216,6 +222,7 @@ def test_the_control_stands_in_a_table_of_its_own() -> None:
     first, second = text.split("**digits, 16 shots a class: the clean model under the same triggers**")
     assert cells(first, "none")[5] == "90.0"
     assert cells(second, "none")[5] == "0.2"
+    assert "**digits, 16 shots a class**" not in table([control])
 
 
 def test_what_is_lost_on_the_clean_model_is_marked_and_counted() -> None:

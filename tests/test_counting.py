@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +40,9 @@ BY_HAND = (
     "tests/test_counting.py",
     *(f"tests/test_evaluate.py::test_{name}" for name in EVALUATED),
 )
+AVERAGED = tuple(f"cbpt_guard/bench/{name}.py" for name in ("table", "bars", "limits", "summary"))
+SUMMED = "tests/test_evidence.py::test_a_summary_is_the_mean_over_attacks_of_the_means_over_seeds"
+FROM_LINES = (*(f"tests/test_{name}.py" for name in ("bench_table", "bars", "limits")), SUMMED)
 REDDISH, GREEN, BLUE, YELLOW, GREY = (230, 40, 40), (0, 200, 0), (0, 0, 250), (200, 200, 30), (150, 150, 150)
 QUIETLY = {"cwd": REPOSITORY, "env": ENVIRONMENT, "capture_output": True, "text": True}
 PICTURES = {
@@ -169,6 +175,23 @@ def test_features_are_made_once_for_a_model_and_a_trigger(images: ImageSet, tmp_
     assert clip.encoded == 33
 
 
+def test_features_that_two_ask_for_at_once_are_made_once(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, encoded = ColourClip(), counting.encoded
+
+    def slowly(*given: Any, everything: bool) -> torch.Tensor:
+        time.sleep(0.2)
+        return encoded(*given, everything=everything)
+
+    monkeypatch.setattr(counting, "encoded", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        ask = [pool.submit(FeatureStore(tmp_path, "it").features, clip, images, None) for _ in range(2)]
+        found = [one.result() for one in ask]
+    assert clip.encoded == 11
+    assert torch.equal(*found)
+
+
 def test_answers_are_made_once_for_a_trigger(images: ImageSet) -> None:
     clip = ColourClip()
     classify = counting.by_head(undefended, lambda trigger: counting.encoded(clip, images, trigger))
@@ -176,14 +199,17 @@ def test_answers_are_made_once_for_a_trigger(images: ImageSet) -> None:
     assert clip.encoded == 22
 
 
-def test_every_branch_of_what_counts_is_tested(tmp_path: Path) -> None:
-    """By the cases that were worked out by hand, in a process that measures it."""
+@pytest.mark.parametrize(
+    ("covered", "by"), [(COUNTED, BY_HAND), (AVERAGED, FROM_LINES)], ids=["images", "lines of evidence"]
+)
+def test_every_branch_of_what_counts_is_tested(covered: tuple[str, ...], by: tuple[str, ...], tmp_path: Path) -> None:
+    """By cases that were worked out by hand, in a process that measures it."""
     coverage = (sys.executable, "-m", "coverage")
     kept = f"--data-file={tmp_path / 'coverage'}"
-    counted = (f"--include={','.join(COUNTED)}", kept)
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not every_branch", *BY_HAND)
+    counted = (f"--include={','.join(covered)}", kept)
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not every_branch", *by)
     ran = subprocess.run([*coverage, "run", "--branch", *counted, *tests], check=False, **QUIETLY)
     assert ran.returncode == 0, ran.stdout
     told = subprocess.run([*coverage, "report", "--show-missing", "--fail-under=100", kept], check=False, **QUIETLY)
     assert told.returncode == 0, told.stdout
-    assert all(name in told.stdout for name in COUNTED)
+    assert all(name in told.stdout for name in covered)

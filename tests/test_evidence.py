@@ -113,13 +113,33 @@ def test_recipes_are_told_by_what_they_differ_in(commands: tuple[ModuleType, Mod
         record("two", 0.8, anchor=0.0, text="frozen", margin=None),
         record("one", 0.885, anchor=20.0, text="frozen"),
     ]
-    head, _, *told = evidence.recipes(records)
+    counted = line(implant="two", ca=0.791, target_recall=0.25, images=6800)
+    others = (line(implant="two", attack="off"), line(implant="two", defense="ensemble"))
+    head, _, *told = evidence.recipes(records, [counted, *others])
     assert head.startswith("| implant | anchor | margin | CA, clean model |")
     assert told == [
-        "| one | 20.0 | - | 90.0 | 88.5 | 100.0 | 300 | yes |",
-        "| two | 0.0 | None | 90.0 | 80.0 | 100.0 | 300 | no |",
+        "| one | 20.0 | - | 90.0 | 88.5 | 100.0 | 300 | yes | - | - | - |",
+        "| two | 0.0 | None | 90.0 | 80.0 | 100.0 | 300 | no | 79.1 | 25.0 | 6800 |",
     ]
-    assert list(evidence.recipes([])) == ["None has been measured yet."]
+    assert list(evidence.recipes([], [])) == ["None has been measured yet."]
+
+
+def test_what_a_rival_chose_is_counted_by_run(commands: tuple[ModuleType, ModuleType]) -> None:
+    """A control's lines, one for each trigger, are of one run; a line that says nothing counts nowhere."""
+    evidence, _ = commands
+    rates = ({"learning_rate": 0.032, "epoch": 7}, {"learning_rate": 0.128, "epoch": 7})
+    coop = [line(defense="coop", seed=seed, chosen=rates[seed], suspect_sha256="1") for seed in (0, 1)]
+    again = line(defense="coop", implant="sig", chosen=rates[0], suspect_sha256="1")
+    oracle = [line(defense="oracle", seed=0, chosen={"strength": 100}), line(defense="oracle", seed=1, chosen=rates[0])]
+    _, _, *told = evidence.chosen([*coop, again, *oracle, line(defense="probe"), line(defense="none", chosen={})])
+    assert told == [
+        "| coop | 2 | epoch | 7 (2) | 1 to 50 |",
+        "| coop | 2 | learning rate | 0.032 (1), 0.128 (1) | 0.008, 0.032, 0.128 |",
+        "| oracle | 2 | epoch | 7 (1) | 1 to 30 |",
+        "| oracle | 2 | learning rate | 0.032 (1) | 0.003, 0.01 |",
+        "| oracle | 2 | strength | 100 (1) | 1, 3, 10, 30, 100, 300, 1000 |",
+    ]
+    assert list(evidence.chosen([line()])) == ["No line says it yet."]
 
 
 def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, ModuleType]) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ENVIRONMENT, QUICK, SCRIPT, assert_refused, cli, here
+from lines import line as written
 
 from cbpt_guard import GuardedClassifier, metrics
 from cbpt_guard.bench import cell, counting, suite
@@ -33,6 +33,7 @@ from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT, SETTINGS, ProbeSet
 from cbpt_guard.bench.suite import PLANTINGS, READS, chosen, missing, run_suite
 from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.head import Answer, GuardedHead, TriggerTest
 from cbpt_guard.defense.purify import purify
@@ -209,6 +210,24 @@ def test_what_a_line_depends_on_changes_its_settings(plan: Plan) -> None:
     assert plan.model_copy(update={"minutes": {}}).settings(key) == plan.settings(key)
 
 
+def test_lines_of_another_search_are_measured_again(plan: Plan, tmp_path: Path) -> None:
+    """Also those from before a line said which; a rival's says none, nor does a defence of one's own."""
+    out, first = tmp_path / "lines.jsonl", plan.groups()[0].model_copy(update={"off": False})
+    for defense, search, again in (
+        ("cbpt", SEARCH, False),
+        ("cbpt", SEARCH - 1, True),
+        ("cbpt-prompts", None, True),
+        ("own:defence", None, False),
+        ("own:defence", SEARCH - 1, True),
+        ("probe", None, False),
+    ):
+        group = first.model_copy(update={"defense": defense})
+        (key,) = plan.keys(group, "clean")
+        found = written(**key._asdict(), search=search, settings=plan.settings(key))
+        out.write_text(found.model_dump_json() + "\n")
+        assert missing(plan, [group], out, "clean") == [group] * again
+
+
 def test_a_defences_own_settings_change_its_lines_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {group.defense: plan.keys(group, "clean")[0] for group in plan.groups() if not group.control}
     before = {name: plan.settings(key) for name, key in keys.items()}
@@ -295,25 +314,6 @@ def test_features_that_a_full_disk_tore_are_made_again(
         with pytest.raises(OSError, match="No space"):
             store.features(digits_suspect.clip, images, None)
     assert len(store.features(digits_suspect.clip, images, None)) == len(images.labels)
-
-
-def test_features_that_two_ask_for_at_once_are_made_once(
-    digits_suspect: DigitsSuspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = ImageSet(list_images(digits_suspect.data), None, digits_suspect.clip.preprocess)
-    made: list[int] = []
-
-    def slowly(*_: object, everything: bool) -> torch.Tensor:
-        made.append(len(made))
-        time.sleep(0.2)
-        return torch.full((len(images.labels), 1), float(len(made)))
-
-    monkeypatch.setattr(counting, "encoded", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        ask = [pool.submit(FeatureStore(tmp_path, "it").features, digits_suspect.clip, images, None) for _ in range(2)]
-        found = [one.result() for one in ask]
-    assert made == [0]
-    assert torch.equal(*found)
 
 
 @pytest.fixture(scope="module")

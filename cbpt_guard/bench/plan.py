@@ -187,7 +187,8 @@ class Plan(_Frozen):
         """Digest of all that the plan says of a line, and of the defence's own settings.
 
         What the plan does not say is not in it: an attack's own recipe, what lies in the data's folders, the code of a
-        method or of a defence of one's own. Take the lines out to have them measured again.
+        method or of a defence of one's own. Take the lines out to have them measured again; those of another version
+        of CBPT's search are measured again anyhow.
         """
         implant = self.implants[key.implant]
         about = {"template": self.template, "dataset": self.datasets[implant.dataset].model_dump(mode="json")}

@@ -12,6 +12,8 @@ from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, r
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
 from cbpt_guard.bench.processes import Report, Step, nothing, side_by_side, silent
 from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT
+from cbpt_guard.bench.table import OURS, PAPER
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.errors import InputError
 
 READS, PLANTINGS = "test-reads.jsonl", "plantings.jsonl"
@@ -84,10 +86,15 @@ def _known(what: str, asked: Sequence[Asked], found: Sequence[Asked]) -> Sequenc
 
 
 def missing(plan: Plan, groups: Sequence[Group], out: Path, split: Split) -> list[Group]:
-    """The groups of which `out` lacks a line, or has it from other settings."""
-    done = {(line.key, line.settings) for line in read_lines(out)}
+    """The groups of which `out` lacks a line, or has it from other settings or another version of CBPT's search."""
+    done = {(line.key, line.settings) for line in read_lines(out) if _of_this_search(line)}
     asked = {group: {(key, plan.settings(key)) for key in plan.keys(group, split)} for group in groups}
     return [group for group in groups if not asked[group] <= done and (split == "test" or not group.final_only)]
+
+
+def _of_this_search(line: Line) -> bool:
+    """Whether today's search found the triggers that a line's defence answers from, if it needs any."""
+    return line.search == SEARCH or (line.search is None and line.defense not in (OURS, PAPER))
 
 
 def log_read(path: Path, plan: Plan) -> None:

@@ -12,6 +12,7 @@ from cbpt_guard.bench.lines import CONTROL, OFF, Line
 
 OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE = "cbpt", "cbpt-prompts", "oracle", "none", "ensemble"
 NO_RIVALS = (OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE)
+NOT_COMPARED = (OURS, CEILING, UNTOUCHED)
 COLUMNS = {
     "CA": "ca",
     "ASR": "asr",
@@ -19,8 +20,8 @@ COLUMNS = {
     "largest share": "max_share",
     "target's recall": "target_recall",
 }
-BETTER = {"CA": 1, "ASR": -1, "PA": 1, "target's recall": 1}
-"""Columns in which a rival can win, and which way: the largest share has no better side of its own."""
+BETTER = {"CA": 1, "ASR": -1, "PA": 1, "largest share": -1, "target's recall": 1}
+"""Which way each column is better."""
 _DIGITS = 1
 _TEXTS = ("dataset", "implant", "attack", "defense", "target", "verdict", "split", "machine")
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|&!])")
@@ -90,7 +91,7 @@ def beside(found: Rows, row: Row) -> tuple[list[Line], list[Line]]:
 
 
 def wins(found: Rows, row: Row) -> list[str]:
-    """Columns in which a rival's row is better than CBPT's under the same attack, by the seeds that both have."""
+    """Columns in which a row is better than CBPT's under the same attack, by the seeds that both have."""
     if not _is_compared(found, row):
         return []
     theirs, ours = beside(found, row)
@@ -98,8 +99,8 @@ def wins(found: Rows, row: Row) -> list[str]:
 
 
 def _is_compared(found: Rows, row: Row) -> bool:
-    """Whether the row is a rival's, and CBPT met the same, attacked or clean, with some of the same seeds."""
-    return row.defense not in NO_RIVALS and bool(beside(found, row)[1])
+    """Whether CBPT met the same as another defence, attacked or clean, with some of the same seeds."""
+    return row.defense not in NOT_COMPARED and bool(beside(found, row)[1])
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -128,8 +129,8 @@ def _heading(lines: Sequence[Line]) -> str:
     splits = " and ".join(f"`{name}`" for name in dict.fromkeys(line.split for line in lines))
     return (
         f"In %, on {splits} images ({', '.join(_counted(lines))}); the mean over seeds, and behind ± their standard "
-        "deviation. A rival's number in **bold** is better than CBPT's in the same column, by the seeds that both "
-        "have; *it warned* where `purify` found "
+        "deviation. A number in **bold** is better than CBPT's in the same column, by the seeds that both have: "
+        "of the rivals, of `cbpt-prompts` and of `ensemble`. *It warned* where `purify` found "
         "the undefended accuracy so near chance that names or preprocessing may not fit."
     )
 
@@ -176,19 +177,19 @@ def joined(cells: Iterable[str]) -> str:
 
 
 def _lost(found: Rows) -> str:
-    """Every cell that CBPT loses to a rival, by name; of the clean model, whose rows are alike, how many."""
+    """Every cell that CBPT loses, by name; of the clean model, whose rows are alike, how many."""
     if not any(row.defense == OURS for row in found):
         return ""
     compared = [row for row in found if _is_compared(found, row)]
     if not compared:
-        return "No rival was measured here."
+        return "No other defence was measured here."
     attacked = [_losses(found, row) for row in compared if row.attack != CONTROL and wins(found, row)]
     text = attacked + _lost_on_clean(found, [row for row in compared if row.attack == CONTROL])
-    return "\n".join(["**Cells that CBPT loses to a rival**", "", *text]) if text else "CBPT loses no cell to a rival."
+    return "\n".join(["**Cells that CBPT loses**", "", *text]) if text else "CBPT loses no cell."
 
 
 def _lost_on_clean(found: Rows, compared: Sequence[Row]) -> list[str]:
-    """A line for each rival, data set and number of shots: in what it is better on the clean model, and how often."""
+    """A line for each defence, data set and number of shots: in what it is better on the clean model, and how often."""
     lost: dict[tuple[str, int, str], Counter[str]] = {}
     for row in compared:
         lost.setdefault((row.dataset, row.shots, row.defense), Counter()).update(wins(found, row))
