@@ -21,6 +21,7 @@ from pages import filled
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line
 from cbpt_guard.bench.plan import Plan
+from cbpt_guard.bench.settings import TRUE_TRIGGER
 from cbpt_guard.bench.suite import lines_in
 from cbpt_guard.bench.table import joined
 
@@ -33,7 +34,7 @@ WHOLE = {
     "clean-prompts": "the paper's rule without stage 1: prompts tuned on clean images alone",
 }
 """The methods that the variants are held against, from the evidence's own lines."""
-UNSEARCHED = ("clean-prompts", "cbpt_guard.bench.ablations:true_trigger")
+UNSEARCHED = ("clean-prompts", TRUE_TRIGGER)
 """Those that no found trigger is in."""
 
 

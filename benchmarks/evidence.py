@@ -28,7 +28,7 @@ from cbpt_guard.bench.lines import CONTROL, OFF, Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
 from cbpt_guard.bench.settings import SETTINGS, settings_of
-from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in
+from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in, of_this_search
 from cbpt_guard.bench.summary import summary
 from cbpt_guard.bench.table import OURS, UNTOUCHED, joined, table, tame_text
 from cbpt_guard.defense.calibration import SEARCH
@@ -153,9 +153,10 @@ def rechecks(records: Sequence[dict[str, Any]]) -> str:
 
 
 def progress(lines: Sequence[Line], asked_in: Path) -> str:
-    """How much of a plan is measured, with today's settings, suspect by suspect."""
+    """How much of a plan is measured, with today's settings and, suspect by suspect, with today's search."""
     plan = Plan.read(asked_in)
-    measured = {line.key for line in lines if line.settings == plan.settings(line.key)}
+    found = {line.key: line for line in lines if line.settings == plan.settings(line.key)}
+    measured = {key for key, line in found.items() if of_this_search(line)}
     asked: dict[str, list[Key]] = {}
     for group in plan.groups():
         asked.setdefault(group.unit, []).extend(plan.keys(group, "test"))
@@ -169,7 +170,8 @@ def progress(lines: Sequence[Line], asked_in: Path) -> str:
     }
     parts = [f"{what}: {', '.join(units)}." for what, units in told.items() if units]
     total = sum(map(len, asked.values()))
-    told_of = f"Of the {total} lines that `{asked_in.name}` asks for {sum(done.values())} are measured."
+    told_of = f"Of the {total} lines that `{asked_in.name}` asks for {len(found)} are measured"
+    told_of += f", {len(measured)} of them with today's search or without any." if len(found) > len(measured) else "."
     return " ".join([told_of, *parts])
 
 
@@ -214,9 +216,10 @@ def recipes(records: Sequence[dict[str, Any]], lines: Sequence[Line]) -> Iterato
     names = dict.fromkeys(name for record in last.values() for name in record["recipe"])
     values = {name: [str(record["recipe"].get(name, "-")) for record in last.values()] for name in names}
     differ = [name for name, found in values.items() if len(set(found)) > 1]
-    many = {line.implant: line for line in lines if line.defense == UNTOUCHED and line.attack != OFF}
+    untouched = (line for line in lines if line.defense == UNTOUCHED and line.attack not in (OFF, CONTROL))
+    many = {line.suspect_sha256: line for line in untouched}
     planted = ("CA, clean model", "CA, poisoned", "ASR", "images", "took")
-    counted = ("CA, poisoned", "target's recall", "images")
+    counted = ("CA, counted", "target's recall, counted", "images counted")
     head = ("implant", *(name.replace("_", " ") for name in differ), *planted, *counted)
     yield joined(head)
     yield joined(["---"] * len(head))
@@ -225,7 +228,7 @@ def recipes(records: Sequence[dict[str, Any]], lines: Sequence[Line]) -> Iterato
         for report in record["reports"]:
             shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
             cells = [*(values[name][number] for name in differ), *shares, str(report["images"]), took]
-            line = many.get(implant)
+            line = many.get(record["suspect_sha256"])
             if line is None:
                 cells += ["-"] * len(counted)
             else:

@@ -53,6 +53,7 @@ def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str
     from cbpt_guard.bench.digits import CHECKPOINT
     from cbpt_guard.bench.plan import Places, Plan
     from cbpt_guard.bench.suspects import checkpoint_sha256, implant_folder, planted_triggers
+    from cbpt_guard.defense.calibration import SEARCH
 
     plan, places = Plan.read(plan_file), Places(tuple(roots), work)
     for name, implant in plan.implants.items():
@@ -60,7 +61,7 @@ def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str
         if not (folder / CHECKPOINT).exists():
             continue
         cells = cells_folder(work, folder.name, checkpoint_sha256(folder))
-        for run in sorted(cells.glob(f"seed*-shots{SHOTS}/purified")):
+        for run in sorted(cells.glob(f"seed*-shots{SHOTS}/purified-{SEARCH}")):
             clean = places.find(plan.datasets[implant.dataset].clean)
             yield from compared(name, run, folder / CHECKPOINT, planted_triggers(implant, folder), clean)
 

@@ -30,7 +30,7 @@ from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
 from cbpt_guard.bench.plan import Cells, Places, Plan
 from cbpt_guard.bench.suite import run_suite
 from cbpt_guard.bench.table import NO_RIVALS, OURS
-from cbpt_guard.cli.machine import prepare_torch
+from cbpt_guard.cli.machine import prepare_torch, threads_of_each
 from cbpt_guard.metrics import standard_error
 
 SHOTS, DEVIATIONS = 16, 3
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--root", type=Path, action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=1, help="of each job")
+    parser.add_argument("--threads", type=int, help="of each job")
     parser.add_argument("--jobs", type=int, default=1, help="2: CBPT and the rival side by side")
     parser.add_argument(
         "--final",
@@ -60,7 +60,7 @@ def main() -> None:
     sys.stdout.write(f"seed {args.seed} draws {rival} against CBPT on {implant}\n")
     plan = small_plan(Plan.read(PLAN), implant, rival)
     out = args.work / "lines.jsonl"
-    start, began = partial(prepare_torch, args.threads), time.monotonic()
+    start, began = partial(prepare_torch, args.threads or threads_of_each(args.jobs)), time.monotonic()
     run_suite(plan, Places(tuple(args.root), args.work), out, split="test", jobs=args.jobs, start=start, report=print)
     again = read_lines(out)
     planted = {field: replanted(lines, field) for field in COMPARED.values()}

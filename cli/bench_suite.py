@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from cbpt_guard.cli import options
 from cbpt_guard.cli.bench_implant import implant
-from cbpt_guard.cli.machine import prepare_torch
+from cbpt_guard.cli.machine import prepare_torch, threads_of_each
 from cbpt_guard.cli.show import note
 
 if TYPE_CHECKING:
@@ -49,17 +48,17 @@ def run(
     With several jobs lines come in the order in which cells end.
     """
     from cbpt_guard.bench.plan import Places, Plan, Split
-    from cbpt_guard.bench.suite import chosen, missing, run_suite
+    from cbpt_guard.bench.suite import missing, picked, run_suite
 
     read = Plan.read(plan)
     number, of = _shard(shard)
     split: Split = "test" if final else "clean"
-    groups = chosen(read.shard(number, of), suspects=only or (), defenses=defense or (), seeds=seed or ())
+    groups = picked(read.shard(number, of), suspects=only or (), defenses=defense or (), seeds=seed or ())
     if dry_run:
         sys.stdout.write(_priced(read, missing(read, groups, out, split)))
         return
     places = Places(tuple(root or [Path()]), work)
-    start = partial(prepare_torch, threads or _part_of_the_cores(jobs))
+    start = partial(prepare_torch, threads or threads_of_each(jobs))
     try:
         added = run_suite(
             read, places, out, groups=groups, split=split, device=device, jobs=jobs, start=start, report=note
@@ -97,11 +96,6 @@ def _lines(files: list[Path]) -> list[Line]:
             raise InputError(f"{path} does not exist; `cbpt-guard bench run` makes it")
     # the logs beside lines hold none: whoever passes `*.jsonl` means the others
     return read_together(path for path in files if path.name not in (READS, PLANTINGS))
-
-
-def _part_of_the_cores(jobs: int) -> int | None:
-    """Threads for each of several jobs; of one torch knows best."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _KEEP = 1 << 28
+
+
+def threads_of_each(jobs: int) -> int | None:
+    """Threads of torch for each of several processes, an equal part of the cores; of one torch knows best."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else None
 
 
 def prepare_torch(threads: int | None) -> None:

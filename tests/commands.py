@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from cbpt_guard.bench.processes import Step
+from cbpt_guard.bench.processes import Piece
 from cbpt_guard.cli.app import app
 
 SCRIPT = Path(sys.executable).with_name("cbpt-guard")
@@ -40,10 +40,10 @@ def cli(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def here(steps: Sequence[Step], **_: object) -> Generator[tuple[Step, Any]]:
-    """The suite's steps in this process, one after another: takes the place of `side_by_side`."""
-    for step in steps:
-        yield step, step.work(*step.arguments)
+def here(pieces: Sequence[Piece], **_: object) -> Generator[tuple[Piece, Any]]:
+    """The suite's pieces in this process, one after another: takes the place of `side_by_side`."""
+    for piece in pieces:
+        yield piece, piece.work(*piece.arguments)
 
 
 def script(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:

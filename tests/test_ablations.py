@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -146,12 +147,23 @@ def test_a_run_of_other_settings_is_refused(unchanged: tuple[Defended, Defended]
         cbpt(task, other)
 
 
-def test_a_run_of_another_search_is_refused(
+def test_a_run_of_another_search_is_left_alone(
     unchanged: tuple[Defended, Defended], task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Lines of an older search are measured again, perhaps in a folder that holds its runs."""
+    made: list[Path] = []
+
+    def stopped(*_: object, out: Path, **__: object) -> None:
+        made.append(out)
+        raise CheckError("not here")
+
     monkeypatch.setattr("cbpt_guard.bench.purified.SEARCH", SEARCH + 1)
-    with pytest.raises(CheckError, match=f"is of search {SEARCH}, not {SEARCH + 1}; remove"):
+    monkeypatch.setattr("cbpt_guard.bench.purified.purify", stopped)
+    with pytest.raises(CheckError, match="not here"):
         cbpt(task, SETTINGS)
+    assert unchanged[0].run is not None
+    assert unchanged[0].run.exists()
+    assert made == [task.folder / f"purified-{SEARCH + 1}"] != [unchanged[0].run]
 
 
 def test_a_copy_by_prompts_of_another_run_is_refused(unchanged: tuple[Defended, Defended], task: Task) -> None:

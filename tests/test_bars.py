@@ -145,9 +145,9 @@ def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
     off = line(implant="sig", attack="off", max_share=0.02)
     assert row(bars([*lines, off]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
     clean = cbpt(attack="none", took=None, ca=0.494)
-    assert row(bars([*lines, clean]), "CA less the undefended one, clean model") == ("-0.6", "**no**")
+    assert row(bars([*lines, clean]), "CA less the undefended one, clean model (1 run)") == ("-0.6", "**no**")
     few = [cbpt(shots=4, asr=0.02), cbpt("sig", shots=4, asr=0.07)]
-    assert row(bars([*lines, *few]), "ASR with 4 shots, mean of 2") == ("4.5", "yes")
+    assert row(bars([*lines, *few]), "ASR with 4 shots, mean of 2 attacks (1 seed)") == ("4.5", "yes")
     assert row(bars([*lines, *few]), ASR)[0] == "1.0, 1.0"
 
 

@@ -196,21 +196,20 @@ def test_a_rival_is_held_against_the_seeds_that_both_have(seed: int, won: list[s
     [
         line(defense="probe", seed=1, ca=0.5, asr=0.0096, pa=0.4),  # no difference that is shown
         line(defense="oracle", asr=0.0),
-        line(defense="none", asr=0.0),
         line(defense="probe", asr=0.0, pa=0.9, attack="none", took=None),
         line(defense="probe", asr=0.0, pa=0.9, shots=4),
     ],
-    ids=["a tie", "the ceiling", "no defence", "the control", "other shots"],
+    ids=["a tie", "the ceiling", "the control", "other shots"],
 )
 def test_what_cannot_be_compared_wins_nothing(other: Line) -> None:
     text = table([*OURS, other])
     assert "**9" not in text
     rival = other.defense == "probe" and (other.attack, other.shots) == ("badnet", 16)
-    assert ("CBPT loses no cell." if rival else "No other defence was measured here.") in text
+    assert ("CBPT loses no cell." if rival else "No defence here can be compared with CBPT.") in text
 
 
-@pytest.mark.parametrize("name", ["cbpt-prompts", "ensemble"])
-def test_a_cell_that_the_papers_rule_or_the_ensemble_wins_is_marked_too(name: str) -> None:
+@pytest.mark.parametrize("name", ["cbpt-prompts", "ensemble", "none"])
+def test_a_cell_that_no_rival_wins_is_marked_too(name: str) -> None:
     text = table([*OURS, line(defense=name, seed=2, asr=0.0)])
     assert cells(text, name)[5] == "**0.0**"
     assert f"- badnet, 16 shots, {name}: ASR 0.0 against 2.0" in text
@@ -281,7 +280,7 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
     other = line(split="test", defense="probe", seed=0, undefended=again)
     assert "another planting" not in table(met)
     apart = line(split="test", defense="cbpt", seed=1, undefended=again)  # alone with its seed
-    assert "With each of 1 seeds CBPT and every defence beside it met the same planting." in table([*met, apart])
+    assert "With each of 1 seeds CBPT and every defence beside it met the same planting, by" in table([*met, apart])
     text = table([*met, line(split="test", defense="cbpt", seed=1), line(split="test", defense="coop", seed=1), other])
     assert "In 1 of 2 seeds CBPT met another planting than a defence beside it: badnet 0." in text
     elsewhere = line(seed=1, undefended=again)

@@ -62,7 +62,7 @@ def test_two_that_ask_at_once_make_it_once_and_waiting_costs_nothing(tmp_path: P
         found = pool.submit(second)
         Clock().once(path, make)
         cost = found.result()
-    assert 2 * SLOW <= cost.seconds < 4 * SLOW, "what it took, and not the wait for it"
+    assert 2 * SLOW <= cost.seconds < 3 * SLOW, "what it took, and not the wait for it"
 
 
 def test_the_larger_peak_counts(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from cbpt_guard.bench.coop import SharedContext, coop
 from cbpt_guard.bench.defenses import DEFENSES, SETTINGS, ensemble, none, settings_of
 from cbpt_guard.bench.finetune import Batch, FineTuning, Loss, clip_loss, first_keeping, ft, last_keeping
 from cbpt_guard.bench.oracle import mean_pa, oracle
-from cbpt_guard.bench.par import distance, par, par_losses
+from cbpt_guard.bench.par import distance, par, par_variants
 from cbpt_guard.bench.probe import linear_head, probe
 from cbpt_guard.bench.prompted import clean_prompts, tuned_prompts
 from cbpt_guard.bench.purified import cbpt, cbpt_prompts
@@ -70,6 +70,15 @@ QUICKLY: dict[str, Defense] = {
     "par": lambda task: par(task, ParSettings(**FEW, thresholds=(1.0,))),
     "oracle": lambda task: oracle(task, OracleSettings(strengths=(10,), learning_rates=(0.01,), tuning=TUNING)),
 }
+
+CHOSEN: dict[str, dict[str, float]] = {
+    "coop": {"learning_rate": 0.01},
+    "clean-prompts": {"learning_rate": 0.01},
+    "ft": {"learning_rate": 1e-4},
+    "cleanclip": {"learning_rate": 1e-4},
+    "par": {"learning_rate": 1e-4, "threshold": 1.0},
+}
+"""What there is to choose from but the epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +147,9 @@ def test_a_defence_answers_keeps_clean_accuracy_and_leaves_the_suspect_alone(
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert second.shape == (300, 10)
+    if name in CHOSEN:
+        assert defended.chosen == CHOSEN[name] | {"epoch": defended.chosen["epoch"]}
+        assert 1 <= defended.chosen["epoch"] <= 3
     assert bool(second.isfinite().all())
     assert torch.equal(first, second)
     undefended = accuracy(none(task), test)
@@ -376,7 +388,7 @@ def test_augmented_copies_differ_and_repeat(task: Task) -> None:
 
 def test_pars_own_term_drives_away_from_the_suspect_up_to_the_threshold(task: Task, student: TrainableClip) -> None:
     """Nothing at the start; with it training moves further, and never gains beyond the threshold."""
-    ((loss, _),) = par_losses(task, ParSettings(thresholds=(0.5,)))
+    ((loss, _),) = par_variants(task, ParSettings(thresholds=(0.5,)))
     batch = batch_of(task, student)
     assert loss(student, batch, draws()).item() == pytest.approx(clip_loss(batch).item(), abs=1e-4)
     work, images = FineTuning(task, FineTuneSettings(batch=32)), to_pixels(task.shots.images)
@@ -426,10 +438,11 @@ def test_trials_choose_the_learning_rate_and_the_whole_training_follows(
 
     monkeypatch.setattr(FineTuning, "train", watched)
     ruinous = FEW | {"learning_rates": (1e-6, 1.0), "epochs": 2}
-    ft(task, FineTuneSettings(**ruinous))
+    found = ft(task, FineTuneSettings(**ruinous))
     assert trained == [(1.0, 1), (1e-6, 1), (1e-6, 2)]
+    assert found.chosen == {"learning_rate": 1e-6, "epoch": 2}
     trained.clear()
-    ft(task, FineTuneSettings(**FEW))
+    assert ft(task, FineTuneSettings(**FEW)).chosen == {"learning_rate": 1e-4, "epoch": 1}
     assert trained == [(1e-4, 1)]
 
 
@@ -458,6 +471,9 @@ def test_the_oracle_takes_the_better_of_its_two_heads(task: Task, monkeypatch: p
         torch.cat([everything.clean, triggered[0]]), everything.labels.repeat(2), 100, 1000, len(task.shots.classes)
     )
     assert torch.equal(linear.answer(everything.clean).logits, expected(everything.clean))
+    assert linear.chosen == {"strength": 100}
+    assert prompts.chosen["learning_rate"] == 0.03
+    assert 1 <= prompts.chosen["epoch"] <= TUNING.epochs
 
 
 def test_the_oracle_knows_several_triggers_and_needs_one(task: Task) -> None:
@@ -503,6 +519,7 @@ def test_both_rules_come_from_one_purified_run(both: tuple[Defended, Defended, i
     assert switch.search == prompts.search == ours.record.search == SEARCH
     suspects = tuple(one.label for one in ours.record.candidates if one.stands_out)
     assert switch.suspects == prompts.suspects == suspects != ()
+    assert switch.chosen == prompts.chosen == {"epoch": ours.record.epoch}
     assert (ours.record.rule, paper.record.rule) == ("switch", "prompts")
     assert paper.record.settings == ours.record.settings | {"rule": ours.record.settings["rule"] | {"name": "prompts"}}
     assert torch.equal(ours.head().with_rule("prompts").guarded.rows, paper.head().guarded.rows)
@@ -512,7 +529,7 @@ def test_both_rules_come_from_one_purified_run(both: tuple[Defended, Defended, i
 
 
 def test_the_purified_run_says_what_it_cost(both: tuple[Defended, Defended, int], task: Task) -> None:
-    cost = Cost.model_validate_json((task.folder / "purified-cost.json").read_bytes())
+    cost = Cost.model_validate_json((task.folder / f"purified-{SEARCH}-cost.json").read_bytes())
     assert cost.cpu_seconds > 1
     clock = Clock()
     purified.purified_run(replace(task, clock=clock), both_settings(both))

@@ -10,28 +10,29 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from multiprocessing import resource_tracker
 from multiprocessing.popen_spawn_posix import Popen
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cbpt_guard.bench.processes import Step, side_by_side
+from cbpt_guard.bench.processes import Piece, side_by_side
 from cbpt_guard.errors import InputError, SetupError
 
 
-def results(*steps: Step, jobs: int = 1) -> list[Any]:
-    return [result for _, result in side_by_side(steps, jobs=jobs)]
+def results(*pieces: Piece, jobs: int = 1) -> list[Any]:
+    return [result for _, result in side_by_side(pieces, jobs=jobs)]
 
 
 def test_a_process_hands_over_its_result_and_its_errors() -> None:
-    assert results(Step("one", _double, (21,))) == [42]
+    assert results(Piece("one", _double, (21,))) == [42]
     with pytest.raises(InputError, match="no such luck"):
-        results(Step("one", _refuse, ()))
+        results(Piece("one", _refuse, ()))
     with pytest.raises(SetupError, match="ended with 7"):
-        results(Step("one", os._exit, (7,)))
+        results(Piece("one", os._exit, (7,)))
     with pytest.raises(SetupError, match=r"measuring failed: .*No space left"):
-        results(Step("one", _fill, ()))
+        results(Piece("one", _fill, ()))
 
 
 def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +41,12 @@ def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("multiprocessing.popen_spawn_posix.Popen._launch", full)
     with pytest.raises(SetupError, match="no process of the suite could be started: Resource temporarily"):
-        results(Step("one", _double, (21,)))
+        results(Piece("one", _double, (21,)))
 
 
 def test_a_killed_suite_leaves_no_process_behind() -> None:
-    code = "import time; from cbpt_guard.bench.processes import Step, side_by_side as s; "
-    code += "list(s([Step('sleep', time.sleep, (100,))]))"
+    code = "import time; from cbpt_guard.bench.processes import Piece, side_by_side as s; "
+    code += "list(s([Piece('sleep', time.sleep, (100,))]))"
     suite = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     end, child = time.monotonic() + 60, ""
     while not child and time.monotonic() < end:
@@ -72,7 +73,7 @@ def _lives(pid: str) -> bool:
 
 def test_a_process_that_has_answered_may_tidy_up(tmp_path: Path) -> None:
     """Ended too soon it leaves semaphores behind, of which python complains to the user."""
-    assert results(Step("one", _untidy, (tmp_path / "tidy",))) == [1]
+    assert results(Piece("one", _untidy, (tmp_path / "tidy",))) == [1]
     assert (tmp_path / "tidy").exists()
 
 
@@ -117,11 +118,12 @@ def test_a_signal_while_a_process_starts_leaves_none_behind(
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
+    getattr(resource_tracker, "_resource_tracker")._stop()  # noqa: B009  starting it anew lets Ctrl-C in
     monkeypatch.setattr(Popen, "_launch", struck)
     before = signal.signal(number, end)
     try:
         with pytest.raises(KeyboardInterrupt):
-            results(Step("slow", span, (tmp_path / "slow", 100)))
+            results(Piece("slow", span, (tmp_path / "slow", 100)))
     finally:
         signal.signal(number, before)
     assert [_lives(str(pid)) for pid in begun] == [False]
@@ -129,8 +131,8 @@ def test_a_signal_while_a_process_starts_leaves_none_behind(
 
 def test_all_that_run_are_told_to_end_before_the_first_is_waited_for(tmp_path: Path) -> None:
     """Each takes two seconds to tidy up, which they do together."""
-    slow = [Step(name, _slow_to_end, (tmp_path / name,)) for name in "ab"]
-    with closing(side_by_side([*slow, Step("c", _wait_for, (tmp_path / "a", tmp_path / "b"))], jobs=3)) as found:
+    slow = [Piece(name, _slow_to_end, (tmp_path / name,)) for name in "ab"]
+    with closing(side_by_side([*slow, Piece("c", _wait_for, (tmp_path / "a", tmp_path / "b"))], jobs=3)) as found:
         next(found)
         began = time.monotonic()
     assert time.monotonic() - began < 3.5
@@ -140,9 +142,9 @@ def test_all_that_run_are_told_to_end_before_the_first_is_waited_for(tmp_path: P
 def test_what_ended_beside_a_failing_step_is_not_lost(tmp_path: Path) -> None:
     go, refused = tmp_path / "go", tmp_path / "refused"
     steps = [
-        Step("first", span, (tmp_path / "first", 0)),
-        Step("refused", _refuse_when, (go, refused)),
-        Step("good", _wait_for, (go, refused)),
+        Piece("first", span, (tmp_path / "first", 0)),
+        Piece("refused", _refuse_when, (go, refused)),
+        Piece("good", _wait_for, (go, refused)),
     ]
     found = side_by_side(steps, jobs=3)
     assert next(found)[0].name == "first"
@@ -156,13 +158,13 @@ def test_what_ended_beside_a_failing_step_is_not_lost(tmp_path: Path) -> None:
 
 def test_no_jobs_are_refused() -> None:
     with pytest.raises(ValueError, match="0 jobs"):
-        results(Step("one", _double, (21,)), jobs=0)
+        results(Piece("one", _double, (21,)), jobs=0)
 
 
 def test_a_step_begins_when_what_it_needs_has_ended_and_no_more_run_than_jobs(tmp_path: Path) -> None:
     """`b` and `d` need `a`; `c` stands between them and needs nothing, so with two jobs it begins beside `a`."""
     needs = {"a": "", "b": "a", "c": "", "d": "a"}
-    steps = [Step(name, span, (tmp_path / name, 0.5), frozenset(before), name) for name, before in needs.items()]
+    steps = [Piece(name, span, (tmp_path / name, 0.5), frozenset(before), name) for name, before in needs.items()]
     said: list[str] = []
     found = {step.name: result for step, result in side_by_side(steps, jobs=2, report=said.append)}
     assert said == ["a", "c", "b", "d"]
@@ -174,17 +176,17 @@ def test_a_step_begins_when_what_it_needs_has_ended_and_no_more_run_than_jobs(tm
 
 
 def test_a_step_that_fails_ends_those_beside_it(tmp_path: Path) -> None:
-    slow, refused = Step("slow", span, (tmp_path / "slow", 100)), Step("refused", _refuse_when, (tmp_path / "slow",))
+    slow, refused = Piece("slow", span, (tmp_path / "slow", 100)), Piece("refused", _refuse_when, (tmp_path / "slow",))
     began = time.monotonic()
     with pytest.raises(InputError, match="no such luck"):
-        results(slow, refused, Step("later", span, (tmp_path / "later", 0)), jobs=2)
+        results(slow, refused, Piece("later", span, (tmp_path / "later", 0)), jobs=2)
     assert time.monotonic() - began < 60
     assert not _lives((tmp_path / "slow").read_text())
     assert not (tmp_path / "later").exists()
 
 
 def test_whoever_stops_taking_results_ends_what_runs(tmp_path: Path) -> None:
-    slow, quick = Step("slow", span, (tmp_path / "slow", 100)), Step("quick", _wait_for, (tmp_path / "slow",))
+    slow, quick = Piece("slow", span, (tmp_path / "slow", 100)), Piece("quick", _wait_for, (tmp_path / "slow",))
     with closing(side_by_side([slow, quick], jobs=2)) as found:
         assert next(found) == (quick, None)
         assert _lives((tmp_path / "slow").read_text())

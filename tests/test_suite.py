@@ -28,9 +28,9 @@ from cbpt_guard.bench.digits import write_class_folders
 from cbpt_guard.bench.implant import predict, triggered
 from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
-from cbpt_guard.bench.processes import Step
+from cbpt_guard.bench.processes import Piece
 from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT, SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import PLANTINGS, READS, chosen, missing, run_suite
+from cbpt_guard.bench.suite import PLANTINGS, READS, missing, picked, run_suite
 from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.calibration import SEARCH
@@ -217,6 +217,8 @@ def test_lines_of_another_search_are_measured_again(plan: Plan, tmp_path: Path) 
         ("cbpt", SEARCH, False),
         ("cbpt", SEARCH - 1, True),
         ("cbpt-prompts", None, True),
+        (f"{ABLATIONS}no_patch", None, True),
+        (f"{ABLATIONS}true_trigger", None, False),
         ("own:defence", None, False),
         ("own:defence", SEARCH - 1, True),
         ("probe", None, False),
@@ -487,14 +489,14 @@ def test_a_group_waits_for_its_implants_and_for_what_it_may_share(plan: Plan) ->
     first, _, control = plan.groups()
     names = ["cbpt", "none", "cbpt-prompts", f"{ABLATIONS}no_patch", "own:defence", "probe", f"{ABLATIONS}no_wave"]
     groups = [first.model_copy(update={"defense": name, "seed": seed}) for seed in (0, 1) for name in names]
-    planting, *measuring = suite._steps(plan, [*groups, control], Places((), Path()), "clean", "cpu")
+    planting, *measuring = suite._pieces(plan, [*groups, control], Places((), Path()), "clean", "cpu")
     assert planting.name == (suite._plant, "badnet"), "asked for once; the control takes the implant's own triggers"
     assert [step.name for step in measuring] == [*groups, control]
     assert all(planting.name in step.needs for step in measuring)
     waits = [[(g.defense, g.seed) for g in step.needs - {planting.name}] for step in measuring]
-    once = [[], [], ["cbpt"], ["cbpt"], [f"{ABLATIONS}no_patch"], [], ["cbpt"]]
+    once = [[], [], ["cbpt"], ["cbpt"], ["cbpt-prompts"], [], ["cbpt"]]
     assert waits == [*([(name, seed) for name in before] for seed in (0, 1) for before in once), []]
-    triggers, alone = suite._steps(plan, [control], Places((), Path()), "clean", "cpu")
+    triggers, alone = suite._pieces(plan, [control], Places((), Path()), "clean", "cpu")
     assert (triggers.name, alone.needs) == ((suite._triggers, "badnet"), {(suite._triggers, "badnet")})
 
 
@@ -508,7 +510,7 @@ def test_a_run_that_cannot_write_its_lines_ends_what_it_began(
 ) -> None:
     ended: list[str] = []
 
-    def watched(steps: Sequence[Step], *, jobs: int, **_: object) -> Generator[tuple[Step, Any]]:
+    def watched(steps: Sequence[Piece], *, jobs: int, **_: object) -> Generator[tuple[Piece, Any]]:
         try:
             yield steps[1], [cell]  # which is no line
         finally:
@@ -605,6 +607,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_lines(plan: Plan, root: Pat
     assert lines[: len(kept)] == kept
     assert timeless(lines) == timeless([line for group in plan.groups() for line in counted(plan, places, group)])
     assert all(line.peak_mb > 100 and line.seconds >= 0 for line in lines)
+    assert {line.defense: sorted(line.chosen or ()) for line in lines} == {"none": [], "probe": ["strength"]}
+    assert all({"torch", "onnxruntime", "torchvision"} <= set(line.versions) for line in lines)
     assert missing(plan, plan.groups(), out, "clean") == []
     assert run_suite(plan, places, out) == 0
 
@@ -622,8 +626,8 @@ def test_a_dry_run_prices_what_is_missing_and_writes_nothing(root: Path, tmp_pat
     assert_refused(cli("bench", "run", *options, "--only", "sig"), "'sig' is no suspect of this plan")
     groups = Plan.read(root / "plan.toml").groups()
     seeds = [group.model_copy(update={"seed": seed}) for group in groups for seed in (0, 1)]
-    assert [group.seed for group in chosen(seeds, seeds=[1])] == [1] * len(groups)
-    assert chosen(seeds, suspects=[groups[0].unit], defenses=["none"], seeds=[0]) == [groups[0]]
+    assert [group.seed for group in picked(seeds, seeds=[1])] == [1] * len(groups)
+    assert picked(seeds, suspects=[groups[0].unit], defenses=["none"], seeds=[0]) == [groups[0]]
     assert_refused(cli("bench", "run", *options, "--seed", "7"), "7 is no seed of this plan or part; there are 0")
 
 

@@ -135,10 +135,19 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
         cost = _points(mean(line.ca - line.undefended.ca for line in control))
-        yield _bar("CA less the undefended one, clean model", "-0.5", (cost,), cost >= -0.5)
-    few = [attack.mean(lambda line: line.asr_worst) for attack in attacks(lines, _FEW)]
+        runs = _times_of(control, "run")
+        yield _bar(f"CA less the undefended one, clean model ({runs})", "-0.5", (cost,), cost >= -0.5)
+    of_few = attacks(lines, _FEW)
+    few = [attack.mean(lambda line: line.asr_worst) for attack in of_few]
     if few:
-        yield _bar(f"ASR with {_FEW} shots, mean of {len(few)}", "5", (mean(few),), mean(few) <= 5)
+        seeds = _times_of([line for attack in of_few for line in attack.ours], "seed")
+        yield _bar(f"ASR with {_FEW} shots, mean of {len(few)} attacks ({seeds})", "5", (mean(few),), mean(few) <= 5)
+
+
+def _times_of(lines: Sequence[Line], what: str) -> str:
+    """How many draws of shots stand behind lines, of which a control has one for each trigger."""
+    count = len({line.seed for line in lines})
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def _wrongly_suspected(runs: Sequence[Line]) -> Iterator[Bar]:

@@ -84,8 +84,8 @@ class Line(Shares):
         suspects: the recall of each class that the defence suspects, planted or not. None in lines from before it was
             kept.
         search: version of CBPT's search for targets. None in lines of rivals and in those from before it was kept.
-        chosen: what it chose on held-out shots, such as a learning rate or an epoch (from 1), by name. None in lines
-            from before it was kept.
+        chosen: what it chose on held-out shots, such as a learning rate or an epoch (from 1), by name; of CBPT its
+            prompts' epoch. None in lines from before it was kept.
         warnings: what it warned of, such as an undefended accuracy near chance.
         seconds: what the defence took on the clock; counting is not part of it.
         cpu_seconds: the same in processor time, which other work on the machine lengthens less.

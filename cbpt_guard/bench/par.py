@@ -14,10 +14,10 @@ from cbpt_guard.bench.trainable import TrainableClip
 
 def par(task: Task, settings: ParSettings = PAR) -> Defended:
     """Fine-tuning with PAR's loss."""
-    return fine_tuned(task, settings, par_losses(task, settings))
+    return fine_tuned(task, settings, par_variants(task, settings))
 
 
-def par_losses(task: Task, settings: ParSettings) -> list[Variant]:
+def par_variants(task: Task, settings: ParSettings) -> list[Variant]:
     """CLIP's loss less how far images and captions lie from where the suspect has them; the largest threshold first."""
     images = shot_features(task).to(task.clip.device)
     texts = [template.replace("{}", name) for template in settings.templates for name in task.shots.classes]

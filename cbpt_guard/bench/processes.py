@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from cbpt_guard.errors import CbptGuardError, SetupError
@@ -21,10 +23,10 @@ _PATIENCE = 10.0  # seconds for a process that was told to end
 Report = Callable[[str], None]
 
 
-class Step(NamedTuple):
+class Piece(NamedTuple):
     """A piece of work: `work(*arguments)`, picklable like its result.
 
-    `needs` names steps that must have ended before; `words` say what begins, to whoever waits.
+    `needs` names pieces that must have ended before; `words` say what begins, to whoever waits.
     """
 
     name: Hashable
@@ -43,30 +45,30 @@ def silent(message: str) -> None:
 
 
 def side_by_side(
-    steps: Sequence[Step], *, jobs: int = 1, start: Callable[[], None] = nothing, report: Report = silent
-) -> Generator[tuple[Step, Any]]:
-    """Do every step in a fresh process, at most `jobs` at a time; of those that may begin, the earliest begins first.
+    pieces: Sequence[Piece], *, jobs: int = 1, start: Callable[[], None] = nothing, report: Report = silent
+) -> Generator[tuple[Piece, Any]]:
+    """Do every piece in a fresh process, at most `jobs` at a time; of those that may begin, the earliest begins first.
 
     Close it (`contextlib.closing`) when the block that takes the results fails: that ends what still runs.
 
     Args:
-        steps: no two of one name; what they need is among them.
+        pieces: no two of one name; what they need is among them.
         jobs: how many processes run at once.
         start: called first in every process; picklable.
-        report: is told a step's words when it begins.
+        report: is told a piece's words when it begins.
 
     Yields:
-        A step and its result, as they end.
+        A piece and its result, as they end.
 
     Raises:
-        CbptGuardError: as a step raises it; what had ended beside it is yielded before, the others are ended.
+        CbptGuardError: as a piece raises it; what has ended beside it is yielded before, the others are ended.
         SetupError: a process died, or none could be started.
         ValueError: `jobs` is below 1.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} jobs do nothing")
-    place = {step.name: number for number, step in enumerate(steps)}
-    order = TopologicalSorter({number: [place[name] for name in step.needs] for number, step in enumerate(steps)})
+    place = {piece.name: number for number, piece in enumerate(pieces)}
+    order = TopologicalSorter({number: [place[name] for name in piece.needs] for number, piece in enumerate(pieces)})
     order.prepare()
     ready: list[int] = []
     running: dict[int, _Worker] = {}
@@ -76,21 +78,22 @@ def side_by_side(
                 heapq.heappush(ready, number)
             while ready and len(running) < jobs:
                 number = heapq.heappop(ready)
-                if steps[number].words:
-                    report(steps[number].words)
-                running[number] = worker = _Worker(steps[number], start)
+                if pieces[number].words:
+                    report(pieces[number].words)
+                running[number] = worker = _Worker(pieces[number], start)
                 worker.begin()
-            ended = connection.wait([worker.pipe for worker in running.values()])
+            connection.wait([worker.pipe for worker in running.values()])
             failed: CbptGuardError | None = None
-            for number in [number for number, worker in running.items() if worker.pipe in ended]:
+            while (ended := next((n for n, worker in running.items() if worker.pipe.poll()), None)) is not None:
                 try:
-                    result = running[number].answer()
+                    result = running[ended].answer()
                 except CbptGuardError as error:
                     failed = failed or error
+                    _end_all([running.pop(ended)])
                     continue
-                del running[number]
-                order.done(number)
-                yield steps[number], result
+                del running[ended]
+                order.done(ended)
+                yield pieces[ended], result
             if failed is not None:
                 raise failed
     finally:
@@ -98,64 +101,74 @@ def side_by_side(
 
 
 class _Worker:
-    """One process that does one step and answers through `pipe`."""
+    """One process that does one piece and answers through `pipe`."""
 
-    def __init__(self, step: Step, start: Callable[[], None]) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked torch may hang
-        self.pipe, self._theirs = context.Pipe(duplex=False)
-        arguments = (self._theirs, step.work, step.arguments, start)
-        self._process = context.Process(target=_answering, args=arguments)
+    pipe: Connection
+
+    def __init__(self, piece: Piece, start: Callable[[], None]) -> None:
+        self._arguments = piece.work, piece.arguments, start
+        self._process: BaseProcess | None = None
 
     def begin(self) -> None:
-        """Start the process; whoever is interrupted meanwhile must `end` it."""
+        """Start the process; whoever is interrupted meanwhile must end it.
+
+        Raises:
+            SetupError: the system refuses.
+        """
+        context = multiprocessing.get_context("spawn")  # a forked torch may hang
         try:
+            self.pipe, theirs = context.Pipe(duplex=False)
+            self._process = context.Process(target=_answering, args=(theirs, *self._arguments))
             with _deaf():
                 self._process.start()
         except OSError as error:
             raise SetupError(f"no process of the suite could be started: {error.strerror}") from error
-        self._theirs.close()
+        theirs.close()
 
     def answer(self) -> object:
-        """Wait for the step's result, and for the process to end if it gives one.
+        """Wait for the piece's result, and for the process to end if it gives one.
 
         Raises:
-            CbptGuardError: as the step raised it.
+            CbptGuardError: as the piece raised it.
             SetupError: the process died.
         """
         try:
             result: object = self.pipe.recv()
-            self._process.join(_PATIENCE)  # it has answered, and tidies up
-        except EOFError as error:
-            self._process.join()
+        except (EOFError, OSError) as error:
+            self.end(_PATIENCE)
             raise SetupError(
-                f"a process of the suite ended with {self._process.exitcode} before it answered; its messages stand "
+                f"a process of the suite ended with {self._exitcode} before it answered; its messages stand "
                 "above, and where there are none the system killed it, most likely for memory"
             ) from error
         if isinstance(result, CbptGuardError):
             raise result
-        _end_all([self])
+        self.end(_PATIENCE)  # it has answered, and tidies up
         return result
 
     def tell(self) -> None:
         """Tell the process to end, if it runs."""
-        if self._process.pid is not None:
+        if self._process is not None and self._process.pid is not None:
             self._process.terminate()
 
-    def end(self) -> None:
-        """Wait for the process, which was told to end, and kill it if it does not."""
-        if self._process.pid is not None:
-            self._process.join(_PATIENCE)
+    def end(self, patience: float) -> None:
+        """Wait so many seconds for the process to end, then kill it."""
+        if self._process is not None and self._process.pid is not None:
+            self._process.join(patience)
             self._process.kill()
             self._process.join()
-        self.pipe.close()
+
+    @property
+    def _exitcode(self) -> int | None:
+        return None if self._process is None else self._process.exitcode
 
 
 def _end_all(workers: Collection[_Worker]) -> None:
-    """All are told before the first is waited for."""
+    """All are told before the first is waited for, and have the same time."""
     for worker in workers:
         worker.tell()
+    last = time.monotonic() + _PATIENCE
     for worker in workers:
-        worker.end()
+        worker.end(max(0.0, last - time.monotonic()))
 
 
 @contextmanager

@@ -19,9 +19,6 @@ from cbpt_guard.errors import CheckError
 from cbpt_guard.files import staged, write_text
 from cbpt_guard.metrics import exceeds
 
-_RUN = "purified"
-_PROMPTS = "purified.prompts"
-
 
 def cbpt(task: Task, settings: Settings = CBPT) -> Defended:
     """CBPT with the switch."""
@@ -34,12 +31,12 @@ def cbpt_prompts(task: Task, settings: Settings = CBPT) -> Defended:
 
 
 def purified_run(task: Task, settings: Settings) -> PurifyRun:
-    """The task's run, made by whichever defence comes first.
+    """The task's run, made by whichever defence comes first; a run of another search lies elsewhere.
 
     Raises:
-        CheckError: the folder holds a run of other settings, or of another search, whose numbers would pass for its.
+        CheckError: the folder holds a run of other settings, whose numbers would pass for its.
     """
-    path = task.folder / _RUN
+    path = task.folder / f"purified-{SEARCH}"
     make = partial(
         purify,
         task.checkpoint,
@@ -55,8 +52,6 @@ def purified_run(task: Task, settings: Settings) -> PurifyRun:
     run = PurifyRun.open(path)
     if run.record.settings != settings.model_dump(mode="json"):
         raise CheckError(f"{path} was made with other settings; remove {task.folder}")
-    if run.record.search != SEARCH:
-        raise CheckError(f"{path} is of search {run.record.search or 'unknown'}, not {SEARCH}; remove {task.folder}")
     return run
 
 
@@ -68,7 +63,7 @@ def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:
     Raises:
         CheckError: the folder holds a copy of another run.
     """
-    path = task.folder / _PROMPTS
+    path = run.path.with_name(f"{run.path.name}.prompts")
     if not path.exists():
         with staged(path) as folder:
             shutil.copytree(run.path, folder, dirs_exist_ok=True)
@@ -117,6 +112,7 @@ def _defended(task: Task, run: PurifyRun) -> Defended:
         warnings=record.warnings,
         suspects=_suspected(record),
         search=record.search,
+        chosen={"epoch": record.epoch},
     )
 
 

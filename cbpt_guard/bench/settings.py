@@ -125,6 +125,8 @@ CBPT_PROMPTS = CBPT.model_copy(update={"rule": RuleSettings(name="prompts")})
 
 ABLATIONS = "cbpt_guard.bench.ablations:"
 """What the names of CBPT's variants begin with."""
+TRUE_TRIGGER = f"{ABLATIONS}true_trigger"
+"""The variant that no found trigger is in."""
 SETTINGS: dict[str, BaseModel | None] = {
     "none": None,
     "ensemble": None,

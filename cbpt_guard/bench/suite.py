@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from cbpt_guard.bench.lines import Line, append_record, appending, read_lines, read_together
 from cbpt_guard.bench.plan import Group, Places, Plan, Split
-from cbpt_guard.bench.processes import Report, Step, nothing, side_by_side, silent
-from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT
+from cbpt_guard.bench.processes import Piece, Report, nothing, side_by_side, silent
+from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT, TRUE_TRIGGER
 from cbpt_guard.bench.table import OURS, PAPER
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.errors import InputError
@@ -38,7 +38,7 @@ def run_suite(
         plan: what is to be measured.
         places: where its paths and the cache lie.
         out: the lines; an interrupted suite goes on where it was.
-        groups: what of the plan to measure, such as `chosen(plan.shard(1, 8), defenses=["cbpt"])`; None means all.
+        groups: what of the plan to measure, such as `picked(plan.shard(1, 8), defenses=["cbpt"])`; None means all.
             How each suspect was planted, and what it did, is kept in `plantings.jsonl` beside it.
         split: `test` reads the test images, and logs it in `test-reads.jsonl` beside `out`.
         device: where torch computes.
@@ -51,15 +51,16 @@ def run_suite(
         CbptGuardError: as the defence or the counting raises it.
         SetupError: a process died, or another command appends to `out`.
     """
-    asked = missing(plan, plan.groups() if groups is None else list(dict.fromkeys(groups)), out, split)
-    steps = _steps(plan, asked, places, split, device)
+    once = plan.groups() if groups is None else list(dict.fromkeys(groups))  # one asked for twice would wait for itself
+    asked = missing(plan, once, out, split)
+    pieces = _pieces(plan, asked, places, split, device)
     added = 0
     with appending(out) as append:
         if split == "test" and asked:
             log_read(out.with_name(READS), plan)
-        with closing(side_by_side(steps, jobs=jobs, start=start, report=report)) as results:
-            for step, result in results:
-                if step.work is _measure:
+        with closing(side_by_side(pieces, jobs=jobs, start=start, report=report)) as results:
+            for piece, result in results:
+                if piece.work is _measure:
                     append(result)
                     added += len(result)
                 elif result is not None:
@@ -67,7 +68,7 @@ def run_suite(
     return added
 
 
-def chosen(
+def picked(
     groups: Sequence[Group], *, suspects: Sequence[str] = (), defenses: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[Group]:
     """The groups of some suspects, defences and seeds; where none is named, of all. `InputError` for an unknown one."""
@@ -87,14 +88,16 @@ def _known(what: str, asked: Sequence[Asked], found: Sequence[Asked]) -> Sequenc
 
 def missing(plan: Plan, groups: Sequence[Group], out: Path, split: Split) -> list[Group]:
     """The groups of which `out` lacks a line, or has it from other settings or another version of CBPT's search."""
-    done = {(line.key, line.settings) for line in read_lines(out) if _of_this_search(line)}
+    done = {(line.key, line.settings) for line in read_lines(out) if of_this_search(line)}
     asked = {group: {(key, plan.settings(key)) for key in plan.keys(group, split)} for group in groups}
     return [group for group in groups if not asked[group] <= done and (split == "test" or not group.final_only)]
 
 
-def _of_this_search(line: Line) -> bool:
+def of_this_search(line: Line) -> bool:
     """Whether today's search found the triggers that a line's defence answers from, if it needs any."""
-    return line.search == SEARCH or (line.search is None and line.defense not in (OURS, PAPER))
+    ablated = line.defense.startswith(ABLATIONS) and line.defense != TRUE_TRIGGER
+    searched = line.defense in (OURS, PAPER) or ablated
+    return line.search == SEARCH or (line.search is None and not searched)
 
 
 def log_read(path: Path, plan: Plan) -> None:
@@ -108,27 +111,30 @@ def lines_in(folder: Path) -> list[Line]:
     return read_together(path for path in sorted(folder.glob("*.jsonl")) if path.name not in (READS, PLANTINGS))
 
 
-def _steps(plan: Plan, groups: Sequence[Group], places: Places, split: Split, device: str) -> list[Step]:
+def _pieces(plan: Plan, groups: Sequence[Group], places: Places, split: Split, device: str) -> list[Piece]:
     """Every group after what it needs: its implants, or their triggers, and, where defences of the same suspect and
-    shots may share a run, the one before it; ablations only read it, so they need no more than the first.
+    shots may share a run, the one before it. Ablations read the run that the first of them made, and nobody waits for
+    them.
     """
     planted = {name for group in groups if not group.control for name in group.implants}
-    steps: dict[object, Step] = {}
+    pieces: dict[object, Piece] = {}
     sharing: dict[object, list[Group]] = {}
     for number, group in enumerate(groups, 1):
         needs: set[object] = set()
         for name in group.implants:
             make = _plant if name in planted else _triggers
-            steps.setdefault((make, name), Step((make, name), make, (plan, name, places, device)))
+            pieces.setdefault((make, name), Piece((make, name), make, (plan, name, places, device)))
             needs.add((make, name))
         if group.defense not in INDEPENDENT:
             before = sharing.setdefault((group.unit, group.seed, group.shots), [])
-            needs.update(before[:1] if group.defense.startswith(ABLATIONS) else before[-1:])
-            before.append(group)
+            reads = group.defense.startswith(ABLATIONS)
+            needs.update(before[:1] if reads else before[-1:])
+            if not (reads and before):
+                before.append(group)
         what = f"{group.defense} on {group.unit}, seed {group.seed}, {group.shots} shots"
         arguments = (plan, group, places, split, device)
-        steps[group] = Step(group, _measure, arguments, frozenset(needs), f"{number} of {len(groups)}: {what}")
-    return list(steps.values())
+        pieces[group] = Piece(group, _measure, arguments, frozenset(needs), f"{number} of {len(groups)}: {what}")
+    return list(pieces.values())
 
 
 def _plant(plan: Plan, name: str, places: Places, device: str) -> dict[str, Any] | None:

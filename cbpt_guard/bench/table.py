@@ -12,7 +12,7 @@ from cbpt_guard.bench.lines import CONTROL, OFF, Line
 
 OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE = "cbpt", "cbpt-prompts", "oracle", "none", "ensemble"
 NO_RIVALS = (OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE)
-NOT_COMPARED = (OURS, CEILING, UNTOUCHED)
+NOT_COMPARED = (OURS, CEILING)
 COLUMNS = {
     "CA": "ca",
     "ASR": "asr",
@@ -130,7 +130,7 @@ def _heading(lines: Sequence[Line]) -> str:
     return (
         f"In %, on {splits} images ({', '.join(_counted(lines))}); the mean over seeds, and behind ± their standard "
         "deviation. A number in **bold** is better than CBPT's in the same column, by the seeds that both have: "
-        "of the rivals, of `cbpt-prompts` and of `ensemble`. *It warned* where `purify` found "
+        "whatever the defence, but for the oracle. *It warned* where `purify` found "
         "the undefended accuracy so near chance that names or preprocessing may not fit."
     )
 
@@ -182,7 +182,7 @@ def _lost(found: Rows) -> str:
         return ""
     compared = [row for row in found if _is_compared(found, row)]
     if not compared:
-        return "No other defence was measured here."
+        return "No defence here can be compared with CBPT."
     attacked = [_losses(found, row) for row in compared if row.attack != CONTROL and wins(found, row)]
     text = attacked + _lost_on_clean(found, [row for row in compared if row.attack == CONTROL])
     return "\n".join(["**Cells that CBPT loses**", "", *text]) if text else "CBPT loses no cell."
@@ -263,7 +263,8 @@ def _beside_another(groups: Iterable[Sequence[Line]]) -> str:
     if not places:
         return ""
     if not apart:
-        return f" With each of {len(places)} seeds CBPT and every defence beside it met the same planting."
+        told = f" With each of {len(places)} seeds CBPT and every defence beside it met the same planting"
+        return told + ", by their equal undefended shares."
     names = ", ".join(f"{implant} {seed}" for implant, seed, _ in sorted(apart))
     return f" In {len(apart)} of {len(places)} seeds CBPT met another planting than a defence beside it: {names}."
 
