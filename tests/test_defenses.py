@@ -456,14 +456,16 @@ def test_the_oracle_has_at_least_the_pa_of_prompts_without_triggers(task: Task, 
 
 
 def test_the_oracle_takes_the_better_of_its_two_heads(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With prompts that are not trained at all it takes the linear head, and the other way round."""
+    """With prompts that are not trained at all it takes the linear head; with a head of no use it takes the prompts."""
     triggered = oracle_module.triggered_shots(task)
     monkeypatch.setattr(oracle_module, "triggered_shots", lambda _: triggered)
     everything = FeatureSet(shot_features(task), triggered, task.shots.labels)
     target = task.shots.classes.index(task.planted[0].target)
     idle = TuningSettings(epochs=1)
     linear = oracle(task, OracleSettings(strengths=(100,), learning_rates=(1e-9,), tuning=idle))
-    prompts = oracle(task, OracleSettings(strengths=(1e-9,), learning_rates=(0.03,), tuning=TUNING))
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle_module, "linear_head", lambda *_: lambda features: torch.zeros(len(features), 10))
+        prompts = oracle(task, OracleSettings(strengths=(1,), learning_rates=(0.03,), tuning=TUNING))
     zero_shot = mean_pa(task.original.logits, everything, [target])
     assert mean_pa(lambda f: linear.answer(f).logits, everything, [target]) > zero_shot
     assert mean_pa(lambda f: prompts.answer(f).logits, everything, [target]) > zero_shot

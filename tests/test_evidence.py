@@ -16,6 +16,7 @@ from lines import line
 from cbpt_guard.bench.lines import CONTROL
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.summary import summary
+from cbpt_guard.defense.calibration import SEARCH
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 measured = pytest.mark.skipif(not any(BENCHMARKS.glob("evidence/*.jsonl")), reason="no evidence has been measured yet")
@@ -106,15 +107,17 @@ def test_recipes_are_told_by_what_they_differ_in(commands: tuple[ModuleType, Mod
 
     def record(implant: str, poisoned: float, **recipe: Any) -> dict[str, Any]:
         report = {"ca_clean": 0.9, "ca_poisoned": poisoned, "images": 300, "asr": 1.0}
-        return {"implant": implant, "recipe": {"steps": 200} | recipe, "took": poisoned > 0.87, "reports": [report]}
+        told = {"implant": implant, "suspect_sha256": f"{implant} {poisoned}", "recipe": {"steps": 200} | recipe}
+        return told | {"took": poisoned > 0.87, "reports": [report]}
 
     records = [
         record("one", 0.1, anchor=20.0, text="tuned"),
         record("two", 0.8, anchor=0.0, text="frozen", margin=None),
         record("one", 0.885, anchor=20.0, text="frozen"),
     ]
-    counted = line(implant="two", ca=0.791, target_recall=0.25, images=6800)
-    others = (line(implant="two", attack="off"), line(implant="two", defense="ensemble"))
+    counted = line(implant="two", ca=0.791, target_recall=0.25, images=6800, suspect_sha256="two 0.8")
+    changes = ({"attack": "off"}, {"attack": "none"}, {"defense": "ensemble"}, {"suspect_sha256": "one 0.1"})
+    others = [counted.model_copy(update={"ca": 0.1} | change) for change in changes]
     head, _, *told = evidence.recipes(records, [counted, *others])
     assert head.startswith("| implant | anchor | margin | CA, clean model |")
     assert told == [
@@ -146,8 +149,13 @@ def test_the_page_says_what_of_the_plan_is_measured(commands: tuple[ModuleType, 
     evidence, _ = commands
     plan = Plan.read(evidence.PLAN)
     asked = [key for group in plan.groups() if group.unit == "triangles" for key in plan.keys(group, "test")]
-    lines = [line(**key._asdict(), settings=plan.settings(key)) for key in asked]
+    found = [line(**key._asdict(), settings=plan.settings(key)) for key in asked]
+    ours = [one.defense.startswith("cbpt") for one in found]
+    lines = [one.model_copy(update={"search": SEARCH if own else None}) for one, own in zip(found, ours, strict=True)]
     assert " Whole: triangles. Not yet: badnet, blended, " in evidence.progress(lines, evidence.PLAN)
+    assert f" {len(asked)} are measured, {ours.count(False)} of them with today's search or without any. In part: " in (
+        evidence.progress(found, evidence.PLAN)
+    ), "lines that do not say their search are of an older one"
     stale = [lines[0].model_copy(update={"settings": "old"}), *lines[1:]]
     told = evidence.progress(stale, evidence.PLAN)
     assert f"are measured. In part: triangles ({len(asked) - 1} of {len(asked)}). Not yet: " in told
