@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from cbpt_guard.bench.lines import Line, read_lines
 from cbpt_guard.bench.plan import Group, Places, Plan
 from cbpt_guard.bench.processes import Piece
 from cbpt_guard.bench.settings import ABLATIONS, INDEPENDENT, SETTINGS, ProbeSettings
-from cbpt_guard.bench.suite import PLANTINGS, READS, missing, picked, run_suite
+from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in, missing, picked, run_suite
 from cbpt_guard.bench.suspects import implant_folder, make_triggers, plant, planted_triggers, provide, trigger_source
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.calibration import SEARCH
@@ -167,8 +168,8 @@ def test_a_plan_that_does_not_fit_together_is_refused(
 def test_the_committed_plan_has_the_shape_that_the_evidence_needs() -> None:
     plan = Plan.read(REPOSITORY / "benchmarks" / "plan.toml")
     assert plan.hours(plan.groups()) <= 16
-    shards = [plan.shard(number, 10) for number in range(1, 11)]
-    assert max(plan.hours(part) for part in shards) <= 2
+    for of in (8, 10):
+        assert max(plan.hours(plan.shard(number, of)) for number in range(1, of + 1)) <= 2
     first = {name: implant for name, implant in plan.implants.items() if implant.dataset == "tiny-imagenet"}
     assert len({target for implant in first.values() for target in implant.attacks.values()}) >= 4
     assert [name for name, implant in first.items() if len(implant.attacks) > 1] == ["two"]
@@ -183,6 +184,18 @@ def test_the_committed_plan_has_the_shape_that_the_evidence_needs() -> None:
         met = {group.defense for group in own if not group.control}
         clean = {group.defense for group in own if group.control}
         assert clean == met - {"oracle"}, "what a defence costs where nothing is to defend"
+
+
+def test_the_committed_prices_are_what_the_lines_took() -> None:
+    """Half of their processor time and up to a minute; both rules of CBPT share a run, which `cbpt` pays for."""
+    plan, taken = Plan.read(REPOSITORY / "benchmarks" / "plan.toml"), dict[str, list[float]]()
+    for line in lines_in(REPOSITORY / "benchmarks" / "evidence"):
+        if line.dataset == "tiny-imagenet" and line.shots == 16 and line.attack not in ("off", "none"):
+            taken.setdefault(line.defense, []).append(line.cpu_seconds / 60)
+    assert set(taken) == set(SETTINGS)
+    for name, minutes in taken.items():
+        least = 0 if name == "cbpt-prompts" else median(minutes) / 2
+        assert least < plan.minutes[name] <= least + 1.5, name
 
 
 @pytest.mark.parametrize("of", [1, 3, 7])
