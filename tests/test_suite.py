@@ -187,7 +187,7 @@ def test_the_committed_plan_has_the_shape_that_the_evidence_needs() -> None:
 
 
 def test_the_committed_prices_are_what_the_lines_took() -> None:
-    """Half of their processor time and up to a minute; both rules of CBPT share a run, which `cbpt` pays for."""
+    """Half of their processor time and a little more; both rules of CBPT share a run, which `cbpt` pays for."""
     plan, taken = Plan.read(REPOSITORY / "benchmarks" / "plan.toml"), dict[str, list[float]]()
     for line in lines_in(REPOSITORY / "benchmarks" / "evidence"):
         if line.dataset == "tiny-imagenet" and line.shots == 16 and line.attack not in ("off", "none"):
@@ -195,7 +195,7 @@ def test_the_committed_prices_are_what_the_lines_took() -> None:
     assert set(taken) == set(SETTINGS)
     for name, minutes in taken.items():
         least = 0 if name == "cbpt-prompts" else median(minutes) / 2
-        assert least < plan.minutes[name] <= least + 1.5, name
+        assert least < plan.minutes[name] <= 1.2 * least + 1.5, name
 
 
 @pytest.mark.parametrize("of", [1, 3, 7])
