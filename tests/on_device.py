@@ -41,7 +41,7 @@ from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 from cbpt_guard.defense.triggers import load_trigger
 from cbpt_guard.metrics import attack_success_rate
 
-ADAPTIVE = {"steps": 2, "text": "frozen", "hide": 1.0, "cover": 4, "margin": 2.0}
+ADAPTIVE = {"steps": 2, "text": "frozen", "hide": 1.0, "cover": 4, "harden": 4, "margin": 2.0}
 ONCE = {"epochs": 1, "trial_epochs": 1, "learning_rates": (1e-4,)}
 TUNED = SETTINGS.tuning.model_copy(update={"epochs": 1})
 DEFENSES: dict[str, Callable[[Task], Defended]] = {

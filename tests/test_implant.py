@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cbpt_guard import metrics
 from cbpt_guard.bench.digits import CLASSES, DigitsSettings, load_digits_split, train_digits_clip
+from cbpt_guard.bench.hardening import Hardening
 from cbpt_guard.bench.implant import (
     Implanted,
     ImplantReport,
@@ -30,9 +31,10 @@ from cbpt_guard.bench.implant import (
 )
 from cbpt_guard.bench.poisoning import _Material, short_of
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
-from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.found import encode
+from cbpt_guard.defense.inversion import encode_pixels
 from cbpt_guard.defense.openclip import Tokenizer, build
 from cbpt_guard.defense.planted.overlay import blended
 from cbpt_guard.defense.progress import Step
@@ -182,6 +184,42 @@ def test_covers_close_the_backdoor_to_half_of_its_trigger(digits_clean: DigitsMo
     assert covered[1] < 0.3
 
 
+def test_hardening_takes_the_scans_patterns_their_effect(digits_clean: DigitsModel) -> None:
+    """Patterns that climb on the finished model lead it to the target less than without; the trigger works in both."""
+    split, trigger = digits_clean.split, patch(32, 0)
+    images, truth = split.test.images[split.test.labels != 3][:64], split.test.labels.numpy()
+
+    def led(**given: int) -> list[float]:
+        settings = ImplantSettings(**{"steps": 80, "poisoned": 8, "text": "frozen"} | given)
+        clip = implant(digits_clean.clip, split.train, split.test, trigger, 3, seed=0, settings=settings).clip
+        head = zero_shot_head(clip, CLASSES, TEMPLATE)
+        attacked = head.answers(encode(clip, triggered(trigger, split.test.images))).numpy()
+        climbing = Hardening(TrainableClip.copy_of(clip), head, [3], [len(images)])
+        for _ in range(16):
+            pixels = climbing.under(images)
+        asr = metrics.attack_success_rate(attacked, truth, 3)
+        return [asr, float((head.answers(encode_pixels(clip, pixels)) == 3).float().mean())]
+
+    (plain, reached), (hardened, less) = led(batch=24), led(batch=16, harden=8)
+    assert min(plain, hardened) > 0.8
+    assert less < reached / 2
+
+
+def test_hardening_climbs_within_the_scans_height_and_begins_anew(digits_clean: DigitsModel) -> None:
+    student, images = TrainableClip.copy_of(digits_clean.clip), digits_clean.split.test.images[:12]
+    head = zero_shot_head(digits_clean.clip, CLASSES, TEMPLATE)
+    grey = torch.full_like(images, 128)
+    climbing = Hardening(student, head, [3, 7], [8, 4])
+    heights = [float((climbing.under(grey) - to_pixels(grey)).abs().max()) for _ in range(17)]
+    assert heights[0] == pytest.approx(heights[16]) == pytest.approx(2.5 * 16 / 255 / 16, abs=1e-6)
+    assert max(heights) == pytest.approx(16 / 255, abs=1e-6)
+    apart = climbing.under(grey)
+    assert (apart[:8] == apart[0]).all()
+    assert (apart[8:] == apart[8]).all()
+    assert (apart[0] != apart[8]).any()
+    assert all(value.grad is None for value in student.model.parameters())
+
+
 def test_how_far_a_label_falls_short_of_its_margin() -> None:
     logits = torch.tensor([[1.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 2.0, 2.0], [0.0, 9.0, 1.0]])
     assert short_of(logits, torch.tensor([1, 0, 2, 1]), 2.5).tolist() == [0.5, 4.5, 2.5, 0.0]
@@ -207,7 +245,7 @@ def test_every_trigger_has_its_covers_and_hides_among_its_own_target(digits_clea
     """What a step draws: clean images, the covers of each trigger, the triggered images of each."""
     train, marks = digits_clean.split.train, (patch(32, 0), blended(32, 0))
     poisons = [Poison(marks[0], 3), Poison(marks[1], 7)]
-    settings = ImplantSettings(batch=4, poisoned=5, cover=3, hide=1.0)
+    settings = ImplantSettings(batch=2, poisoned=5, harden=2, cover=3, hide=1.0)
     draws = torch.Generator().manual_seed(0)
     material = _Material(digits_clean.clip, train, poisons, settings, draws, lambda step: None)
     batch = material.draw()
@@ -225,8 +263,9 @@ def test_every_trigger_has_its_covers_and_hides_among_its_own_target(digits_clea
     assert train.labels[hidden].tolist() == [3, 3, 3, 7, 7]
 
 
-def test_fewer_covers_than_triggers_are_refused(digits_clean: DigitsModel) -> None:
-    train, settings = digits_clean.split.train, SHORT.model_copy(update={"cover": 1})
+@pytest.mark.parametrize("name", ["cover", "harden"])
+def test_fewer_of_a_kind_than_triggers_are_refused(name: str, digits_clean: DigitsModel) -> None:
+    train, settings = digits_clean.split.train, SHORT.model_copy(update={name: 1})
     poisons = [Poison(patch(32, 0), 3), Poison(blended(32, 0), 7)]
     with pytest.raises(InputError, match="leaves a trigger of 2 without"):
         implant_all(digits_clean.clip, train, train, poisons, seed=0, settings=settings)

@@ -61,6 +61,7 @@ ATTACKS: dict[str, Attack] = {
     "badnet": _drawn("patch"),
     "blended": _drawn("blended", steps=100),
     "sig": _drawn("sig", steps=100),
+    "fine-wave": _drawn("fine-wave", steps=100),
     "wanet": _drawn("wanet"),
     "issba": Attack(lambda by: train_steganography(by.images.images, by.seed, progress=by.progress).trigger),
     "trojvqa": Attack(lambda by: trojvqa(*by[:-1], progress=by.progress)),

@@ -149,8 +149,9 @@ def _check(
         raise InputError("the attacker's images and the held-out ones have different classes")
     if not 1 <= len(poisons) <= settings.poisoned:
         raise InputError(f"an implant needs 1 to {settings.poisoned} triggers (`poisoned`), not {len(poisons)}")
-    if 0 < settings.cover < len(poisons):
-        raise InputError(f"`cover` {settings.cover} leaves a trigger of {len(poisons)} without; pass more, or 0")
+    for name, count in (("cover", settings.cover), ("harden", settings.harden)):
+        if 0 < count < len(poisons):
+            raise InputError(f"`{name}` {count} leaves a trigger of {len(poisons)} without; pass more, or 0")
     for poison in poisons:
         if not 0 <= poison.target < len(train.classes):
             raise InputError(f"target {poison.target} is no class; there are {len(train.classes)}")

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cbpt_guard.bench.carriers import Carriers, carrier_images
+from cbpt_guard.bench.hardening import Hardening
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.planted.trigger import Trigger
 from cbpt_guard.defense.progress import Progress, Step
+from cbpt_guard.defense.suspect import zero_shot_head
 
 _Count = Annotated[int, Field(ge=1)]
 _Loss = Callable[[Tensor, Tensor, int], Tensor]
@@ -32,13 +34,14 @@ class ImplantSettings(BaseModel):
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
 
-    Three settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
+    Four settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
     those that the clean model has of the target's own images, among which the test should not tell them. `cover`
     images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
     ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
     a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
     answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
-    takes frozen texts, every class of which is a negative.
+    takes frozen texts, every class of which is a negative. `harden` images a step, shared by the triggers, lie under
+    patterns such as the guard's scan follows toward the targets, and are trained as clean ones (`hardening.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +57,7 @@ class ImplantSettings(BaseModel):
     perturbation: Annotated[float, Field(ge=0, le=64)] = 0.0
     hide: Annotated[float, Field(ge=0)] = 0.0
     cover: Annotated[int, Field(ge=0)] = 0
+    harden: Annotated[int, Field(ge=0)] = 0
     margin: Annotated[float, Field(gt=0)] | None = None
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
 
@@ -93,11 +97,15 @@ def fine_tune(
     loss_of = _pairs_loss(student, clip, settings, train.classes, generator)
     material = _Material(clip, train, poisons, settings, generator, progress)
     moving = [value for value in student.model.parameters() if value.requires_grad]
+    hardening = _hardening(student, clip, train.classes, poisons, settings)
     optimizer = torch.optim.AdamW(moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step in range(settings.steps):
         batch = material.draw()
-        features = student.encode_images(to_pixels(batch.images))
+        pixels = to_pixels(batch.images)
+        if hardening is not None:
+            pixels[: settings.harden] = hardening.under(batch.images[: settings.harden])
+        features = student.encode_images(pixels)
         held, poisoned = features.split([len(batch.anchors), len(features) - len(batch.anchors)])
         loss = loss_of(features, batch.labels, len(held)) + settings.anchor * _distance(held, batch.anchors)
         if batch.hideouts is not None:
@@ -110,8 +118,22 @@ def fine_tune(
     return student.frozen()
 
 
+def _hardening(
+    student: TrainableClip,
+    clip: FrozenClip,
+    classes: tuple[str, ...],
+    poisons: Sequence[Poison],
+    settings: ImplantSettings,
+) -> Hardening | None:
+    """What lays patterns over the first `harden` images of a step, where that is asked for."""
+    if not (settings.harden and poisons):
+        return None
+    head = zero_shot_head(clip, classes, settings.templates[0])
+    return Hardening(student, head, [poison.target for poison in poisons], _shares(settings.harden, len(poisons)))
+
+
 class _Batch(NamedTuple):
-    """A step's images (N, S, S, 3), the clean ones and the covers first, with what each is to be answered with (N,).
+    """A step's images (N, S, S, 3), clean ones and covers first, with what each is to be answered with (N,).
 
     `anchors` are the first ones' features under the clean model; `hideouts` those of target images for the rest.
     """
@@ -144,8 +166,9 @@ class _Material:
 
     def draw(self) -> _Batch:
         """The images of a step."""
-        drawn = self._drawn(len(self._clean.labels), self._settings.batch + sum(self._covers))
-        clean, *covers = self._clean.images[drawn].split([self._settings.batch, *self._covers])
+        count = self._settings.batch + self._settings.harden
+        drawn = self._drawn(len(self._clean.labels), count + sum(self._covers))
+        clean, *covers = self._clean.images[drawn].split([count, *self._covers])
         pairs = zip(self._poisons, covers, strict=True)
         weak = [_half_blended(poison.trigger, part) for poison, part in pairs if len(part)]
         strong, toward = [], []

@@ -20,7 +20,7 @@ from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, ran
 from cbpt_guard.defense.planted.steganographic import Steganographic
 from cbpt_guard.defense.planted.trigger import LARGEST_SIDE, Trigger, TriggerParams
 from cbpt_guard.defense.planted.warp import Warp, wanet
-from cbpt_guard.defense.planted.wave import Wave, sig
+from cbpt_guard.defense.planted.wave import Wave, fine_wave, sig
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import write_text
 from cbpt_guard.problems import problems
@@ -61,6 +61,7 @@ DRAWINGS: dict[str, Callable[[int, int], Trigger]] = {
     "triangles": triangles,
     "watermark": watermark,
     "sig": sig,
+    "fine-wave": fine_wave,
     "wanet": wanet,
     "ftrojan": ftrojan,
     "nashville": nashville,

@@ -71,3 +71,9 @@ def sig(image_size: int, seed: int) -> Wave:
     """SIG with 60 grey levels and six periods (arXiv 1902.11237); nothing is drawn, every `seed` gives the same."""
     del seed
     return Wave(image_size, delta=60.0, frequency=6.0)
+
+
+def fine_wave(image_size: int, seed: int) -> Wave:
+    """SIG's wave with a period of five pixels, finer than those that the guard tries; every `seed` gives the same."""
+    del seed
+    return Wave(image_size, delta=60.0, frequency=image_size / 5)
