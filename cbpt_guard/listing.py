@@ -40,6 +40,12 @@ class Listing:
         pairs = zip(self.classes, self.files, strict=True)
         return Listing(self.classes, tuple(_draw(files, shots, seed, name) for name, files in pairs))
 
+    def thinned(self, most: int) -> Listing:
+        """At most so many files, evenly spread over the classes."""
+        places = [(label, path) for label, paths in enumerate(self.files) for path in paths]
+        kept = [places[number * len(places) // most] for number in range(most)] if len(places) > most else places
+        return Listing(self.classes, tuple(tuple(p for at, p in kept if at == n) for n in range(len(self.classes))))
+
 
 def list_images(data: Path, classes_file: Path | None = None, *, fewest_classes: int = 2) -> Listing:
     """Find the images of a folder of class folders, or of a CSV with the columns path and label.

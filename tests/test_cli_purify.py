@@ -30,7 +30,7 @@ from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, encode
-from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.head import GuardedHead, TriggerTest
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import TEMPLATE, Settings
@@ -550,14 +550,30 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}
 
 
+def test_a_suspected_class_without_a_test_is_named(
+    folder: Path,
+    guarded: tuple[Path, dict[str, Any], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is no suspect of the bundle, for nothing guards against it: whoever reads the run must see why."""
+    monkeypatch.setattr(purifying, "fit_test", lambda data, *_: TriggerTest.none(10, data.clean.shape[1]))
+    result = purify("--reuse", guarded[0], "--json")
+    assert result.exit_code == 1
+    run = json.loads(result.stdout)["run"]
+    (warning,) = run["warnings"]
+    assert "no test could be fitted for the suspected 'nine'" in warning
+    assert warning in result.stderr
+    assert (run["verdict"]["name"], run["suspects"]) == ("not guarded", [])
+
+
 def test_what_only_accuracy_can_tell_is_judged_on_the_clean_images(digits_suspect: DigitsSuspect) -> None:
     read = suspect.read_checkpoint(digits_suspect.checkpoint)
     spec, listing = resolve_model(read), list_images(digits_suspect.data)
-    found = suspect._accuracy(read, spec, listing, TEMPLATE)
+    found = suspect._accuracy(read, spec, listing, TEMPLATE, "cpu")
     assert found.images == sum(map(len, listing.files))
     assert found.value > 0.8
     turned = replace(listing, files=listing.files[1:] + listing.files[:1])
-    assert suspect._accuracy(read, spec, turned, TEMPLATE).value < 0.1
+    assert suspect._accuracy(read, spec, turned, TEMPLATE, "cpu").value < 0.1
 
 
 # what reaches the recipe

@@ -252,6 +252,17 @@ def test_shots_depend_on_the_seed_and_their_own_class_only() -> None:
     assert many.drawn(None, seed=0) == many
 
 
+@pytest.mark.parametrize(
+    ("most", "kept"), [(6, [3, 0, 3]), (9, [3, 0, 3]), (3, [2, 0, 1]), (2, [1, 0, 1]), (1, [1, 0, 0])]
+)
+def test_a_listing_is_thinned_evenly(most: int, kept: list[int]) -> None:
+    whole = listing({"a": 3, "b": 0, "c": 3})
+    thinned = whole.thinned(most)
+    assert thinned.classes == whole.classes
+    assert [len(files) for files in thinned.files] == kept
+    assert all(set(few) <= set(files) for few, files in zip(thinned.files, whole.files, strict=True))
+
+
 @pytest.mark.parametrize("shots", [0, -1])
 def test_no_shots_are_refused(shots: int) -> None:
     with pytest.raises(InputError, match="leave no image"):

@@ -236,6 +236,20 @@ def test_one_image_under_the_trigger_is_too_few_for_a_test() -> None:
         assert bool(torch.isfinite(test.thresholds[TARGET])) is fitted_
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-4])
+def test_hardly_any_scatter_still_gives_a_direction(apart: float) -> None:
+    """One image a class of two, under triggers that do nearly the same: nothing, or two images, tell the scatter."""
+    clean = F.normalize(torch.stack([ROWS[0] + 0.3 * ROWS[3], ROWS[1] + 0.3 * ROWS[4]]), dim=1)
+    under = F.normalize(ROWS[1] + 0.8 * AWAY + apart * torch.stack([ROWS[2], -ROWS[2]]), dim=1)
+    bank = TriggerBank(tuple(FoundTrigger(name, 1, torch.zeros(3, 2, 2), None) for name in ("warp", "additive")))
+    data = FeatureSet(clean, under[:, None].expand(-1, 2, -1), torch.tensor([0, 1]))
+    test = fit_test(data, bank, [1], Head(ROWS[:2], 50.0), {}, RuleSettings())
+    assert test.thresholds[1].isfinite()
+    assert float(test.directions[1].norm()) == pytest.approx(1, abs=1e-5)
+    assert test.fires(under, torch.ones(2, dtype=torch.long)).all()
+    assert not test.fires(clean, torch.tensor([0, 1])).any()
+
+
 def test_observed_attack_images_can_fit_alone() -> None:
     bank, data = bank_and_data([4])
     observed = {TARGET: attacked(30)}

@@ -83,6 +83,13 @@ def test_another_job_is_refused_with_what_differs(tmp_path: Path, change: dict[s
     assert torch.equal(Journal(tmp_path, dict(reversed(KEY.items()))).tensor("part", never), torch.ones(1))
 
 
+def test_parts_that_no_key_speaks_of_are_made_again(tmp_path: Path) -> None:
+    """Whoever was stopped while the parts of a finished run were removed may have lost the key first."""
+    Journal(tmp_path, KEY).tensor("part", lambda: torch.ones(1))
+    (tmp_path / FOLDER / "key.json").unlink()
+    assert Journal(tmp_path, KEY | {"seed": 1}).tensor("part", lambda: torch.zeros(1)).item() == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_a_damaged_key_is_refused(tmp_path: Path, content: bytes) -> None:
     Journal(tmp_path, KEY)

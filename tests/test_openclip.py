@@ -53,6 +53,7 @@ def test_named_configs() -> None:
     [
         ("text_cfg", {"hf_model_name": "evil/tower"}, "Hugging Face text tower"),
         ("text_cfg", {"embed_cls": True}, "class token"),
+        ("vision_cfg", {"output_tokens": True}, "gives its tokens"),
         ("vision_cfg", {"timm_model_name": "hf-hub:evil/trunk"}, "remote or local path"),
         ("vision_cfg", {"timm_model_name": "local-dir:x"}, "remote or local path"),
         ("vision_cfg", {"timm_model_name": "a/b"}, "remote or local path"),

@@ -362,6 +362,18 @@ def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: 
     assert all(torch.equal(a.pattern, b.pattern) for a, b in zip(adopted.bank, found.bank, strict=True))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_suspects_that_are_one_class_now_the_clearer_counts(order: int, tmp_path: Path, found: Findings) -> None:
+    """Its numbers set the budget of the fresh triggers that the guard is judged by."""
+    ((clear, *_), bank) = found.candidates, found.bank
+    weak = clear.model_copy(update={"index": 4, "label": "class 4", "score": clear.score / 2})
+    moved = TriggerBank((*bank, *(replace(trigger, target=4) for trigger in bank)))
+    earlier = EarlierRun(replace(found, bank=moved, candidates=(clear, weak)[::order]))
+    (candidate,) = adopt(earlier, search(tmp_path, PlantedClip(TARGET)), []).candidates
+    assert candidate.index == TARGET
+    assert candidate.score == clear.score
+
+
 def test_who_was_no_suspect_does_not_become_one(tmp_path: Path, found: Findings) -> None:
     cleared = tuple(item.model_copy(update={"stands_out": False}) for item in found.candidates)
     adopted = adopt(EarlierRun(replace(found, candidates=cleared)), search(tmp_path, PlantedClip(TARGET)), [])

@@ -15,7 +15,7 @@ from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerM
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
-from cbpt_guard.errors import InputError
+from cbpt_guard.errors import CheckpointError, InputError
 
 BOUNDS = VerdictSettings(found_asr=0.05, fresh_asr=0.03, accuracy_loss=0.02)
 ROWS = torch.eye(3)
@@ -29,6 +29,9 @@ def trigger(asr: float, origin: Origin = "found") -> TriggerMetrics:
 
 
 def run(*triggers: TriggerMetrics, before: float = 0.54, after: float = 0.54, held_out: bool = True) -> RunMetrics:
+    """Without a fresh trigger nothing is shown, so where none is given there is one that was stopped."""
+    fresh = any(one.origin == "fresh" for one in triggers)
+    triggers = triggers if fresh else (*triggers, trigger(0.0, "fresh"))
     return RunMetrics(
         images=100, held_out=held_out, clean_accuracy_before=before, clean_accuracy_after=after,
         clean_accuracy_prompts=0.5, flagged_clean=0.0, flagged_found=1.0, triggers=triggers, classes=(),
@@ -62,8 +65,8 @@ def test_each_bound(metrics: RunMetrics, name: str, reason: str) -> None:
 def test_a_guarded_verdict_says_what_the_tuned_head_alone_is_worth() -> None:
     (reason,) = judge(run(trigger(0.0)), ["b"], BOUNDS, keeps_accuracy=True).reasons
     assert "the tuned prompts without the test for triggered images would let 50.0 % through" in reason
-    good = trigger(0.0).model_copy(update={"asr_prompts": 0.05})
-    (reason,) = judge(run(good), ["b"], BOUNDS, keeps_accuracy=True).reasons
+    good = [trigger(0.0, origin).model_copy(update={"asr_prompts": 0.05}) for origin in ("found", "fresh")]
+    (reason,) = judge(run(*good), ["b"], BOUNDS, keeps_accuracy=True).reasons
     assert "tuned prompts" not in reason
 
 
@@ -81,9 +84,15 @@ def test_fresh_triggers_that_hardly_move_the_undefended_model_show_no_success(re
     best = weak.model_copy(update={"asr_before": reached})
     verdict = judge(run(trigger(0.0), best, weak), ["b"], BOUNDS, keeps_accuracy=True)
     assert verdict.name == name
-    assert ("fresh triggers reach no more than 49.0 % of the images" in verdict.reasons[0]) is (name == "unverified")
+    assert ("fresh triggers toward 'b' reach no more than 49.0 % of the images" in verdict.reasons[0]) is (
+        name == "unverified"
+    )
     other = trigger(0.0, "fresh").model_copy(update={"target": "c"})
     assert judge(run(best, other), ["b", "c"], BOUNDS, keeps_accuracy=True).name == name
+    unmet = judge(run(best), ["b", "d"], BOUNDS, keeps_accuracy=True)
+    assert unmet.name == "unverified"
+    if name == "guarded":
+        assert "fresh triggers toward 'd' reach no more than 0.0 %" in unmet.reasons[0], "it met none at all"
     surviving = trigger(0.9, "fresh").model_copy(update={"asr_before": 0.4})
     assert judge(run(surviving), ["b"], BOUNDS, keeps_accuracy=True).name == "not guarded"
 
@@ -134,11 +143,26 @@ def test_a_suspected_class_without_a_held_out_image_leaves_the_run_unverified() 
                      after_prompts=1.0 if images else None)
         for label, images in (("a", 3), ("b", 0))
     )  # fmt: skip
-    metrics = run(trigger(0.0)).model_copy(update={"classes": rows})
+    fresh = [trigger(0.0, "fresh").model_copy(update={"target": label}) for label in "ab"]
+    metrics = run(*fresh).model_copy(update={"classes": rows})
     verdict = judge(metrics, ["b"], BOUNDS, keeps_accuracy=True)
     assert verdict.name == "unverified"
     assert "no image of the suspected 'b' was held out" in verdict.reasons[0]
     assert judge(metrics, ["a"], BOUNDS, keeps_accuracy=True).name == "guarded"
+
+
+def test_a_guarded_verdict_says_what_no_bound_is_set_on() -> None:
+    """How many answers under triggers are right, how many are one wrong class, and the target's few clean images."""
+    row = ClassMetrics(label="b", images=3, before=1.0, after=2 / 3, after_prompts=0.0)
+    told = [
+        trigger(0.0, origin).model_copy(update={"pa_after": pa, "max_share_after": share})
+        for origin, pa, share in (("found", 0.3, 0.07), ("fresh", 0.25, 0.055), ("observed", None, None))
+    ]
+    metrics = run(*told).model_copy(update={"classes": (row, row.model_copy(update={"label": "c"}))})
+    (reason,) = judge(metrics, ["b"], BOUNDS, keeps_accuracy=True).reasons
+    assert "under triggers 25.0 % or more are answered rightly (PA); 7.0 % or fewer with one and the same" in reason
+    assert "of 3 clean images of the suspected 'b' 2 are recognised, 3 before" in reason
+    assert "'c'" not in reason
 
 
 def test_where_nothing_stands_out_nothing_is_claimed() -> None:
@@ -179,6 +203,7 @@ def test_measured_by_hand() -> None:
     assert (found.asr_before, found.asr_after, found.pa_before, found.pa_after) == (1.0, 0.0, 0.0, 1.0)
     assert found.asr_prompts == 1.0, "the prompts alone are the original head here"
     assert found.target == "b"
+    assert (found.max_share_before, found.max_share_after) == (1.0, 4 / 6), "all 'b', then four times 'a'"
     assert (fresh.asr_after, fresh.pa_after) == (0.25, 0.75), "of the four images of other classes"
     assert (observed.asr_before, observed.asr_after, observed.pa_after) == (1.0, 0.25, None)
     assert [item.before for item in metrics.classes] == [1.0, 1.0, 0.5]
@@ -228,6 +253,18 @@ def test_where_three_times_chance_is_out_of_reach_halfway_to_perfect_counts(
     right: int, classes: int, warnings: int
 ) -> None:
     assert len(check_accuracy(*accurate(right, 400, classes))) == warnings
+
+
+def test_a_model_that_answers_all_alike_is_refused_however_often_it_is_right() -> None:
+    """Of images of which four fifths are of one class, answering that one alone is right that often."""
+    labels = torch.tensor([0] * 80 + [1] * 20)
+    data = LabelledImages(torch.zeros(100, 1, 1, 3), labels, ("a", "b"), ())
+    constant, one_differs = torch.eye(2)[[0] * 100], torch.eye(2)[[0] * 99 + [1]]
+    with pytest.raises(InputError, match=r"answers every clean image with 'a'\. Class names, tokenizer"):
+        check_accuracy(Head(torch.eye(2), 10.0), constant, data)
+    check_accuracy(Head(torch.eye(2), 10.0), one_differs, data)
+    with pytest.raises(CheckpointError, match="no numbers"):
+        check_accuracy(Head(torch.eye(2), 10.0), one_differs * torch.nan, data)
 
 
 @pytest.mark.parametrize("right", [117, 100, 0])

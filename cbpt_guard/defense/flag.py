@@ -15,6 +15,7 @@ from cbpt_guard.defense.settings import RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
 
 _FEWEST_OWN = 8  # images of the target, below which their own standard deviation says too little (docs/notebook.md)
+_RIDGE = 1e-6
 _FEWEST = 2  # images answering the target under its found triggers, below which there is no direction to fit
 
 
@@ -76,10 +77,19 @@ def fit_direction(
 
 
 def _covariance(scatter: Tensor, spread: Tensor) -> Tensor:
-    """Of images around the mean of their class (M, E) or trigger (K, E), shrunk after Ledoit and Wolf, (E, E)."""
+    """Of images around the mean of their class (M, E) or trigger (K, E), shrunk after Ledoit and Wolf, (E, E).
+
+    Two images around their own mean are shrunk by nothing, and what cannot be inverted tells no direction: the least
+    that is added is `_RIDGE` of the mean variance. Where nothing scatters at all, every direction is as good.
+    """
     from sklearn.covariance import ledoit_wolf  # here: a command that refuses its input need not wait a second for it
 
-    return torch.from_numpy(ledoit_wolf(torch.cat([scatter, spread]).numpy(), assume_centered=True)[0])
+    images = torch.cat([scatter, spread])
+    covariance, shrinkage = ledoit_wolf(images.numpy(), assume_centered=True)
+    found, mean = torch.from_numpy(covariance), images.square().mean()
+    if shrinkage >= _RIDGE:
+        return found
+    return found + (_RIDGE * mean if mean > 0 else 1.0) * torch.eye(len(found), dtype=found.dtype)
 
 
 def _toward(shift: Tensor, covariance: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ class Prepared:
             pixels.update(self.observed.images.numpy().data)
         return {
             "model": self.suspect.record.source_sha256,
-            "understanding of the model": self.suspect.record.model_dump(
-                mode="json", include={"config", "preprocess", "quickgelu", "tokenizer"}
-            ),
+            "understanding of the model": self.suspect.record.understanding(),
             "data": pixels.hexdigest(),
             "classes": list(self.data.classes),
             "template": self.job.template,
@@ -117,6 +115,8 @@ def _open_reused(path: Path, suspect: Suspect) -> PurifyRun:
             f"{path} was made from another checkpoint (sha256 {run.record.model.source_sha256[:12]}...); "
             "its triggers say nothing about this one"
         )
-    if run.record.model.preprocess != suspect.record.preprocess:
-        raise InputError(f"{path} was made with another preprocessing; run without `--reuse`")
+    before, now = run.record.model.understanding(), suspect.record.understanding()
+    other = [name for name in now if name != "tokenizer" and before[name] != now[name]]  # triggers act on images
+    if other:
+        raise InputError(f"{path} was made with another {' and '.join(other)}; run without `--reuse`")
     return run

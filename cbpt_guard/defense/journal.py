@@ -73,7 +73,10 @@ class Journal:
         self._folder = folder / FOLDER
         self._folder.mkdir(exist_ok=True)
         path, text = self._folder / _KEY, json.dumps(key, sort_keys=True)
-        if path.exists() and path.read_bytes() != text.encode():
+        if not path.exists():  # whoever was stopped while removing parts may have left some that nobody can tell
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+        elif path.read_bytes() != text.encode():
             raise InputError(f"{folder} was begun with {_difference(path, key)}; start over without `--resume`")
         write_text(path, text)
 

@@ -94,6 +94,8 @@ def refusal(config: ModelConfig) -> str | None:
     reason = _text_refusal(text)
     if reason is not None:
         return reason
+    if vision.get("output_tokens"):
+        return "a vision tower that gives its tokens beside the features is not supported"
     timm_name = str(vision.get("timm_model_name") or "")
     if timm_name.startswith(_REMOTE_PREFIXES) or "/" in timm_name:
         return f"the vision tower names a remote or local path ({timm_name})"

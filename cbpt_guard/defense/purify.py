@@ -15,7 +15,7 @@ from cbpt_guard.defense.data import split
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.head import GuardedHead
+from cbpt_guard.defense.head import GuardedHead, TriggerTest
 from cbpt_guard.defense.inversion import Answering
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.journal import Journal
@@ -146,6 +146,7 @@ class Purification:
         everything = FeatureSet(features, self._triggered(findings.bank), self.data.labels)
         tuning_set, unseen_set = everything.part(kept), everything.part(unseen)
         test = fit_test(tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule)
+        warnings += self._untested(findings, test)
         self._lap("features under found triggers")
 
         untuned = GuardedHead(self.original, self.original, test, self.data.classes, settings.rule.name)
@@ -177,6 +178,15 @@ class Purification:
     def _find(self, search: Search, observed: Observed) -> Findings:
         reused = self.prepared.reused
         return search.run(observed.targets) if reused is None else adopt(reused, search, observed.targets)
+
+    def _untested(self, findings: Findings, test: TriggerTest) -> tuple[str, ...]:
+        """Of suspected classes that the rule cannot tell images of."""
+        untested = [self.data.classes[t] for t in findings.suspects if not test.thresholds[t].isfinite()]
+        return tuple(
+            f"no test could be fitted for the suspected {name!r}: fewer than two images tuned on answer it under its "
+            "found triggers"
+            for name in untested
+        )
 
     def _triggered(self, bank: TriggerBank) -> Tensor:
         """Features of all images under each trigger, (K, N, E)."""

@@ -28,6 +28,10 @@ class ModelRecord(_Frozen):
     resolved: dict[str, str]
     notes: tuple[str, ...]
 
+    def understanding(self) -> dict[str, Any]:
+        """How the file was understood: all that decides which features its weights give an image or a text."""
+        return self.model_dump(mode="json", include={"config", "preprocess", "quickgelu", "tokenizer"})
+
 
 class DataRecord(_Frozen):
     """The clean images: how many of each class were tuned on and held out, and what was left out."""
@@ -93,11 +97,11 @@ Origin = Literal["found", "fresh", "observed"]
 
 
 class TriggerMetrics(_Frozen):
-    """ASR and PA on held-out images under one trigger; shares in [0, 1].
+    """ASR, PA and the largest share of one class on held-out images under one trigger; shares in [0, 1].
 
     `origin`: `found` (the bank), `fresh` (made with other draws, and not tuned on) or `observed`, whose
     images bear no labels: then ASR is the share that answers the target, and PA is unknown. `against`: what a
-    fresh trigger was made to mislead.
+    fresh trigger was made to mislead. The largest shares are None in runs that do not say them.
     """
 
     origin: Origin
@@ -111,6 +115,9 @@ class TriggerMetrics(_Frozen):
     pa_before: float | None
     pa_after: float | None
     pa_prompts: float | None
+    max_share_before: float | None = None
+    max_share_after: float | None = None
+    max_share_prompts: float | None = None
 
 
 class ClassMetrics(_Frozen):

@@ -37,6 +37,8 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
         target = now.get(item.index)
         if target is None or not (item.stands_out or target in observed):
             continue
+        if target in candidates and candidates[target].score >= item.score:
+            continue
         best = max(float(own[target]) for own, c in zip(shares, earlier, strict=True) if c == item.index)
         candidates[target] = item.model_copy(
             update={

@@ -57,7 +57,7 @@ def open_suspect(path: Path, flags: ModelFlags, listing: Listing, template: str,
         quickgelu=flags.quickgelu,
         preprocess=flags.preprocess,
         tokenizer=flags.tokenizer,
-        judge=lambda candidate: _accuracy(checkpoint, candidate, listing, template),
+        judge=lambda candidate: _accuracy(checkpoint, candidate, listing, template, device),
     )
     fitted = fit(checkpoint.tensors, spec.config)
     clip = _freeze(spec, fitted.tensors, device)
@@ -87,12 +87,12 @@ def _freeze(spec: ModelSpec, tensors: dict[str, Tensor], device: str) -> FrozenC
     return FrozenClip(tensors, spec.config, spec.preprocess, Tokenizer(spec.config, folder), device)
 
 
-def _accuracy(checkpoint: ReadCheckpoint, spec: ModelSpec, listing: Listing, template: str) -> Accuracy:
+def _accuracy(checkpoint: ReadCheckpoint, spec: ModelSpec, listing: Listing, template: str, device: str) -> Accuracy:
     """Zero-shot accuracy of one way to understand the checkpoint, on a few of the clean images."""
     per_class = max(1, _JUDGED_IMAGES // len(listing.classes))
-    few = listing.drawn(per_class, seed=0)
+    few = listing.drawn(per_class, seed=0).thinned(_JUDGED_IMAGES)
     data = load_images(few, spec.preprocess, skip_bad=True)
-    clip = _freeze(spec, fit(checkpoint.tensors, spec.config).tensors, "cpu")
+    clip = _freeze(spec, fit(checkpoint.tensors, spec.config).tensors, device)
     head = zero_shot_head(clip, data.classes, template)
     answers = head.logits(encode(clip, data.images)).argmax(1)
     return Accuracy(float((answers == data.labels).float().mean()), len(data.labels))

@@ -14,8 +14,8 @@ from cbpt_guard.defense.head import GuardedHead, Head
 from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerMetrics, Verdict
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.tuning import Epoch, FeatureSet
-from cbpt_guard.errors import InputError
-from cbpt_guard.metrics import attack_success_rate, exceeds, poisoned_accuracy, standard_error
+from cbpt_guard.errors import CheckpointError, InputError
+from cbpt_guard.metrics import attack_success_rate, exceeds, largest_share, poisoned_accuracy, standard_error
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
 _CHANCE_ERRORS = 2.0
@@ -48,14 +48,22 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
     """Warnings about the undefended accuracy on all clean features (N, E); chance is 1 / C.
 
     Raises:
-        InputError: it is not above chance by two standard errors: names, tokenizer or preprocessing do not fit.
+        InputError: it is not above chance by two standard errors, or all images of several classes are answered alike:
+            names, tokenizer or preprocessing do not fit.
+        CheckpointError: features are no numbers.
     """
-    accuracy = clean_accuracy(original.logits(features), data.labels)
+    if not features.isfinite().all():
+        raise CheckpointError("the image tower gives features that are no numbers: the weights are damaged")
+    answers = original.answers(features)
+    accuracy = count_clean_accuracy(answers.numpy(), data.labels.numpy())
     chance = 1 / len(data.classes)
     error = standard_error(chance, len(data.labels))
     found = f"the undefended model gets {100 * accuracy:.1f} % of clean images right; chance is {100 * chance:.1f} %"
+    alike = len(answers.unique()) == 1 and len(data.labels.unique()) > 1
+    if alike:
+        found = f"the undefended model answers every clean image with {data.classes[int(answers[0])]!r}"
     # of very few images two errors may be more than there is: all of them right is above chance
-    if accuracy <= min(chance + _CHANCE_ERRORS * error, 1 - 1 / len(data.labels)):
+    if alike or accuracy <= min(chance + _CHANCE_ERRORS * error, 1 - 1 / len(data.labels)):
         raise InputError(
             f"{found}. Class names, tokenizer or preprocessing do not fit this model; check `--classes`, "
             "`--template`, `--preprocess`, `--quickgelu` and `--tokenizer`"
@@ -124,10 +132,25 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
         f"on {run.images} held-out images the worst trigger succeeds on {100 * worst:.1f} %, and clean accuracy "
         f"went from {100 * run.clean_accuracy_before:.1f} % to {100 * run.clean_accuracy_after:.1f} %"
     )
+    kept = "; ".join([kept, *_told(run, suspects)])
     alone = max((trigger.asr_prompts for trigger in run.triggers), default=0.0)
     if alone > max(worst, settings.found_asr):  # who takes the tuned rows out of heads.safetensors must know
         kept += f"; the tuned prompts without the test for triggered images would let {100 * alone:.1f} % through"
     return Verdict(name="guarded", reasons=(kept,))
+
+
+def _told(run: RunMetrics, suspects: Sequence[str]) -> Iterator[str]:
+    """What no bound is set on, and a user of the answers must know."""
+    pas = [one.pa_after for one in run.triggers if one.pa_after is not None]
+    if pas:
+        yield f"under triggers {100 * min(pas):.1f} % or more are answered rightly (PA)"
+    shares = [one.max_share_after for one in run.triggers if one.max_share_after is not None]
+    if shares:
+        yield f"{100 * max(shares):.1f} % or fewer with one and the same class"
+    for row in run.classes:
+        if row.label in suspects and row.before is not None and row.after is not None:
+            hits, before = (round(share * row.images) for share in (row.after, row.before))
+            yield f"of {row.images} clean images of the suspected {row.label!r} {hits} are recognised, {before} before"
 
 
 def _unshown(run: RunMetrics, suspects: Sequence[str]) -> str | None:
@@ -140,14 +163,17 @@ def _unshown(run: RunMetrics, suspects: Sequence[str]) -> str | None:
     for row in run.classes:
         if row.label in suspects and not row.images:
             return f"no image of the suspected {row.label!r} was held out (that takes 4), so what it lost is not known"
-    best: dict[str, float] = {}
+    best = dict.fromkeys(suspects, 0.0)
     for one in run.triggers:
-        if one.origin == "fresh":
-            best[one.target] = max(best.get(one.target, 0.0), one.asr_before)
-    least = min(best.values(), default=1.0)
+        if one.origin == "fresh" and one.target in best:
+            best[one.target] = max(best[one.target], one.asr_before)
+    target, least = min(best.items(), key=lambda item: item[1])
     if least >= _SHOWING:
         return None
-    return f"fresh triggers reach no more than {100 * least:.1f} % of the images without the guard, so they show little"
+    return (
+        f"fresh triggers toward {target!r} reach no more than {100 * least:.1f} % of the images without the guard, so "
+        "they show little"
+    )
 
 
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
@@ -182,6 +208,7 @@ def _under_attack(head: GuardedHead, attack: Attacked) -> TriggerMetrics:
     shares: dict[str, float | None] = {}
     for name, logits in answers.items():
         predicted = _answers(logits)
+        shares[f"max_share_{name}"] = largest_share(predicted)
         if attack.labels is None:
             shares[f"asr_{name}"] = float((predicted == attack.target).mean())
             shares[f"pa_{name}"] = None
