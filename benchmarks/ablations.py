@@ -1,9 +1,9 @@
-"""Write docs/method.md's table of ablations from the committed lines.
+"""Write docs/method.md's tables of ablations and of both answer rules from the committed lines.
 
-    python benchmarks/ablations.py            rewrites it
+    python benchmarks/ablations.py            rewrites them
     python benchmarks/ablations.py --check    exits 1 where a committed byte differs
 
-How the lines are measured stands in benchmarks/ablations.toml.
+How the lines are measured stands in benchmarks/ablations.toml and benchmarks/rule.toml.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cbpt_guard.bench.table import joined
 
 HERE = Path(__file__).parent
 LINES, PLAN = HERE / "ablations", HERE / "ablations.toml"
+RULE = HERE / "rule"
 PAGE = HERE.parent / "docs" / "method.md"
 WHOLE = {
     "cbpt": "CBPT as it is: the switch, anchored rows",
@@ -36,6 +37,7 @@ WHOLE = {
 """The methods that the variants are held against, from the evidence's own lines."""
 UNSEARCHED = ("clean-prompts", TRUE_TRIGGER)
 """Those that no found trigger is in."""
+BY_RULE = {"none": "the suspect", "cbpt": "the switch", "cbpt-prompts": "the paper's rule"}
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     before = PAGE.read_text(encoding="utf-8")
-    after = filled(before, {"ablations": table(measured())})
+    after = filled(before, {"ablations": table(measured()), "rule": both_rules(lines_in(RULE))})
     if not parser.parse_args().check:
         PAGE.write_text(after, encoding="utf-8")
     elif before != after:
@@ -76,6 +78,27 @@ def table(lines: Sequence[Line]) -> str:
     of = f"on {splits} images, {seeds} seed{'s' if seeds != 1 else ''}"
     counted = f"In %, {of}; CA is the mean over the attacks, where (of n) stands over n of them."
     return "\n".join([counted, "", joined(head), joined(["---"] * len(head)), *rows, "", searches(lines)])
+
+
+def both_rules(lines: Sequence[Line]) -> str:
+    """Markdown: the suspect as it is and CBPT by each rule, attack by attack, on development images."""
+    if not lines:
+        return "Neither rule has been measured on development images yet."
+    counted = [line for line in lines if line.attack != OFF]
+    if {line.split for line in counted} != {"clean"}:
+        raise SystemExit(f"lines under {RULE.name} were counted on test images; measure them without --final")
+    head = ("attack", "answers by", "CA", "ASR", "PA", "largest share", "target's recall")
+    fields = ("ca", "asr", "pa", "max_share", "target_recall")
+    order = [(name, rule) for name in dict.fromkeys(line.implant for line in counted) for rule in BY_RULE]
+    rows = [
+        joined((name, BY_RULE[rule], *(f"{100 * mean(getattr(line, one) for line in here):.1f}" for one in fields)))
+        for name, rule in order
+        if (here := [line for line in counted if (line.implant, line.defense) == (name, rule)])
+    ]
+    images = " to ".join(
+        str(count) for count in sorted({max(line.images for line in counted), min(line.images for line in counted)})
+    )
+    return "\n".join([f"In %, on {images} images.", "", joined(head), joined(["---"] * len(head)), *rows])
 
 
 def searches(lines: Sequence[Line]) -> str:

@@ -43,12 +43,12 @@ DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 DEVELOPED_WITH = "tiny-imagenet"
 SEEN = {
-    "developed on": ("badnet", "blended", "sig", "wanet", "badclip", "filter", "two"),
-    "looked at": ("issba", "trojvqa", "stripe-patch", "full-stripes", "watermark"),
+    "developed on": ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip", "filter", "two"),
+    "looked at": ("stripe-patch", "full-stripes", "watermark"),
 }
-"""What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold or
-what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh masks) or where a share comes
-from was looked at."""
+"""What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold,
+its rule for few images or what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh
+masks) or where a share comes from was looked at."""
 
 
 class Compared(NamedTuple):

@@ -22,8 +22,20 @@ def oracle(name: str = "badnet", **given: Any) -> Line:
 
 def row(text: str, what: str) -> tuple[str, str]:
     """The measured numbers of a bar, and whether it is kept."""
+    *_, measured, kept = cells(text, what)
+    return measured, "yes" if kept == "the aim, too" else kept
+
+
+def cells(text: str, what: str) -> list[str]:
     (found,) = [cells for cells in (part.strip("| ").split(" | ") for part in text.splitlines()) if cells[0] == what]
-    return found[2], found[3]
+    return found
+
+
+def reached(lines: list[Line], what: str, aim: str) -> bool:
+    """Whether a bar's aim is reached, which must be the one that is told."""
+    _, _, told, _, kept = cells(bars(lines), what)
+    assert told == aim
+    return kept == "the aim, too"
 
 
 ASR = "ASR, mean and worst"
@@ -149,6 +161,34 @@ def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
     few = [cbpt(shots=4, asr=0.02), cbpt("sig", shots=4, asr=0.07)]
     assert row(bars([*lines, *few]), "ASR with 4 shots, mean of 2 attacks (1 seed)") == ("4.5", "yes")
     assert row(bars([*lines, *few]), ASR)[0] == "1.0, 1.0"
+
+
+def test_each_aim_at_its_edge_and_beyond() -> None:
+    """An aim is more than what must be; of those that are means one case lies on it and one just beyond."""
+    for asrs, held in (((0.0, 0.01), True), ((0.0, 0.011), False), ((0.0,) * 5 + (0.021,), False)):
+        assert reached([cbpt(f"a{n}", asr=asr) for n, asr in enumerate(asrs)], ASR, "0.5 and 2") is held
+    for ca, held in ((0.5, True), (0.499, False)):
+        assert reached([cbpt(ca=ca)], CA, "0 in the mean") is held
+        clean = cbpt(attack="none", took=None, ca=ca)
+        assert reached([cbpt(), clean], "CA less the undefended one, clean model (1 run)", "0") is held
+    for recall, held in ((0.4, True), (0.39, False)):
+        assert reached([cbpt(target_recall=recall)], RECALL, "0 in the mean") is held
+        own = (ClassRecall(name="four", recall=recall, undefended=0.4),)
+        what = "wrongly suspected classes' recall less the undefended one, 1 of 1 runs known"
+        assert reached([cbpt(suspects=own)], what, "0 in the mean") is held
+    assert reached([cbpt(suspects=())], what, "0 in the mean"), "nothing was suspected wrongly"
+    for pa, held in ((0.4074, True), (0.407, False)):
+        assert reached([cbpt(pa=pa), oracle()], PA, "97 % of it") is held
+    for asr, held in ((0.02, True), (0.021, False)):
+        few = [cbpt(), cbpt(shots=4, asr=asr)]
+        assert reached(few, "ASR with 4 shots, mean of 1 attacks (1 seed)", "2") is held
+    share, off = "largest share on triggered images, worst", line(attack="off", max_share=0.015)
+    assert reached([cbpt(), oracle(), off], share, "2 times for all")
+    assert not reached([cbpt(max_share=0.031), oracle(), off], share, "2 times for all")
+    assert not reached([cbpt(), oracle()], share, "2 times for all"), "of what, nobody knows"
+    never = line(attack="off", max_share=0.0)
+    assert not reached([cbpt(), oracle(), never], share, "2 times for all")
+    assert cells(bars([cbpt(asr=0.016)]), ASR)[-1] == "**no**", "what must be is said first"
 
 
 def test_what_did_not_take_what_is_off_and_rivals_do_not_count() -> None:

@@ -21,12 +21,19 @@ _MOST_LOST = 12  # points of the target's recall in a run: 3 of 25 images
 
 
 class Bar(NamedTuple):
-    """One bar: what is measured, how far it may go, and the measured numbers as text."""
+    """One bar: what is measured, how far it may go and should, and the measured numbers as text."""
 
     what: str
     must: str
     measured: str
     kept: bool
+    aim: str = "-"
+    reached: bool = False
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row of a table."""
+        kept = "**no**" if not self.kept else "the aim, too" if self.reached else "yes"
+        return self.what, self.must, self.aim, self.measured, kept
 
 
 class Attack(NamedTuple):
@@ -83,8 +90,8 @@ def bars(lines: Sequence[Line]) -> str:
         here = [line for line in lines if line.dataset == dataset]
         found = list(_bars(here))
         if found:
-            head = ("what", "must", "measured", "kept")
-            rows = [joined((bar.what, bar.must, bar.measured, "yes" if bar.kept else "**no**")) for bar in found]
+            head = ("what", "must", "aim", "measured", "kept")
+            rows = [joined(bar.cells()) for bar in found]
             title = f"**{dataset}**, {_counted(attacks(here, SHOTS))}, {SHOTS} shots a class, in %"
             parts.append("\n".join([title, "", joined(head), joined(["---"] * len(head)), *rows]))
     return "\n\n".join(parts) if parts else "No attack has been measured yet."
@@ -118,30 +125,32 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     if not found:
         return
     asr = [attack.mean(lambda line: line.asr_worst) for attack in found]
-    kept = mean(asr) <= 1.5 and max(asr) <= 3
-    yield _bar("ASR, mean and worst", "1.5 and 3", (mean(asr), max(asr)), kept)
+    kept, reached = (mean(asr) <= most and max(asr) <= worst for most, worst in ((1.5, 3), (0.5, 2)))
+    yield _bar("ASR, mean and worst", "1.5 and 3", (mean(asr), max(asr)), kept, "0.5 and 2", reached)
     ca = [round(attack.mean(lambda line: line.ca) - attack.undefended_ca(), 9) for attack in found]
     kept = mean(ca) >= -0.5 and min(ca) >= -1.5
     known = sum(bool(attack.ensemble) for attack in found)
     what = f"CA less the undefended one (the better of two for {known}), mean and worst"
-    yield _bar(what, "-0.5 and -1.5", (mean(ca), min(ca)), kept)
+    yield _bar(what, "-0.5 and -1.5", (mean(ca), min(ca)), kept, "0 in the mean", mean(ca) >= 0)
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
     worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
     what = "planted target's recall less the undefended one, mean and worst run"
-    yield _bar(what, f"-5 and -{_MOST_LOST} (3 images where a class has 25)", (mean(recall), worst), kept)
+    must = f"-5 and -{_MOST_LOST} (3 images where a class has 25)"
+    yield _bar(what, must, (mean(recall), worst), kept, "0 in the mean", mean(recall) >= 0)
     yield from _wrongly_suspected([line for attack in found for line in attack.ours])
     yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
         cost = _points(mean(line.ca - line.undefended.ca for line in control))
         runs = _times_of(control, "run")
-        yield _bar(f"CA less the undefended one, clean model ({runs})", "-0.5", (cost,), cost >= -0.5)
+        yield _bar(f"CA less the undefended one, clean model ({runs})", "-0.5", (cost,), cost >= -0.5, "0", cost >= 0)
     of_few = attacks(lines, _FEW)
     few = [attack.mean(lambda line: line.asr_worst) for attack in of_few]
     if few:
         seeds = _times_of([line for attack in of_few for line in attack.ours], "seed")
-        yield _bar(f"ASR with {_FEW} shots, mean of {len(few)} attacks ({seeds})", "5", (mean(few),), mean(few) <= 5)
+        what = f"ASR with {_FEW} shots, mean of {len(few)} attacks ({seeds})"
+        yield _bar(what, "5", (mean(few),), mean(few) <= 5, "2", mean(few) <= 2)
 
 
 def _times_of(lines: Sequence[Line], what: str) -> str:
@@ -165,9 +174,9 @@ def _wrongly_suspected(runs: Sequence[Line]) -> Iterator[Bar]:
     must = f"mean -5 and worst -{_MOST_LOST}"
     if lost:
         kept = mean(lost) >= -5 and min(lost) >= -_MOST_LOST
-        yield _bar(what, must, (mean(lost), min(lost)), kept)
+        yield _bar(what, must, (mean(lost), min(lost)), kept, "0 in the mean", mean(lost) >= 0)
     else:
-        yield Bar(what, must, "none was suspected", kept=True)
+        yield Bar(what, must, "none was suspected", kept=True, aim="0 in the mean", reached=True)
 
 
 def apart(lines: Sequence[Line], seen: Mapping[str, Collection[str]]) -> str:
@@ -205,8 +214,8 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
         return
     pa, most = mean(a.mean(lambda line: line.pa) for a in found), mean(a.ceiling(lambda line: line.pa) for a in found)
     reached = 100 * pa / most if most else 100.0
-    yield _bar("PA, mean; the oracle's; the share of it", "90 % of it or within 1", (pa, most, reached),
-               reached >= 90 or pa >= most - 1)  # fmt: skip
+    what, must = "PA, mean; the oracle's; the share of it", "90 % of it or within 1"
+    yield _bar(what, must, (pa, most, reached), reached >= 90 or pa >= most - 1, "97 % of it", reached >= 97)
     pairs = [pair for attack in found for pair in attack.pairs()]
     short = [pair.name for pair in pairs if not _near(pair)]
     text = ", ".join(short) or "none"
@@ -215,7 +224,8 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     must = "3 times the suspect's on clean images or 1.5 times the oracle's"
     share, excess = worst.mean(lambda line: line.max_share), _excess(worst)
     text = f"{share:.1f}, {excess:.1f} times what it may be ({worst.name})"
-    yield Bar("largest share on triggered images, worst", must, text, excess <= 1)
+    aim = all(_times_the_clean(pair) <= 2 for pair in pairs)
+    yield Bar("largest share on triggered images, worst", must, text, excess <= 1, "2 times for all", aim)
     over = ", ".join(pair.name for pair in pairs if _excess(pair) > 1)
     yield Bar("attacks whose largest share is above that", "none", over or "none", not over)
 
@@ -224,6 +234,12 @@ def allowed_share(attack: Attack) -> float:
     """What the largest share may be, in points: 3 times the suspect's on clean images or 1.5 times the oracle's."""
     clean = [3 * 100 * mean(line.max_share for line in attack.off)] if attack.off else []
     return max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
+
+
+def _times_the_clean(attack: Attack) -> float:
+    """The largest share over the suspect's on clean images; endless where that was not measured."""
+    clean = mean(line.max_share for line in attack.off) if attack.off else 0.0
+    return round(attack.mean(lambda line: line.max_share) / (100 * clean), 9) if clean else float("inf")
 
 
 def _excess(attack: Attack) -> float:
@@ -240,8 +256,8 @@ def _near(attack: Attack) -> bool:
     return pa >= 0.9 * most or pa >= most - 1
 
 
-def _bar(what: str, must: str, numbers: Sequence[float], kept: bool) -> Bar:
-    return Bar(what, must, ", ".join(map(_one_digit, numbers)), kept)
+def _bar(what: str, must: str, numbers: Sequence[float], kept: bool, aim: str, reached: bool) -> Bar:
+    return Bar(what, must, ", ".join(map(_one_digit, numbers)), kept, aim, reached)
 
 
 def _one_digit(number: float) -> str:
