@@ -23,8 +23,8 @@ from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import Family
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.tuning import FeatureSet, tune
 from cbpt_guard.errors import CheckError
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.defense.anchored import anchored_rows
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.settings import AnchorSettings
 from cbpt_guard.defense.tuning import FeatureSet

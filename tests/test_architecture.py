@@ -14,7 +14,7 @@ import torch
 from small_clips import PREPROCESS_CFG, RESNET, VIT, weights, with_vocabulary
 from torch import Tensor
 
-from cbpt_guard.defense import fit, modelconfig, openclip
+from cbpt_guard.defense import matching, modelconfig, openclip
 from cbpt_guard.defense.architecture import BESIDE, Accuracy, ModelSpec, resolve_model
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
@@ -54,50 +54,50 @@ def tensors() -> dict[str, Tensor]:
 def test_inference_from_shapes(name: str, group: list[str]) -> None:
     found = on_meta(name)
     start = time.monotonic()
-    assert sorted(fit.candidates(found)) == group
+    assert sorted(matching.candidates(found)) == group
     assert time.monotonic() - start < 20
 
 
 def test_inference_does_not_mind_the_text_prefix() -> None:
     old = {name.removeprefix("text."): value for name, value in on_meta("ViT-B-16-plus-240").items()}
     new = {f"text.{name}" if not name.startswith(("visual", "logit")) else name: value for name, value in old.items()}
-    assert list(fit.candidates(old)) == list(fit.candidates(new)) == ["ViT-B-16-plus-240"]
+    assert list(matching.candidates(old)) == list(matching.candidates(new)) == ["ViT-B-16-plus-240"]
 
 
 def test_a_missing_key_names_the_nearest_architecture() -> None:
     found = on_meta("ViT-B-32")
     del found["visual.ln_post.bias"]
     with pytest.raises(CheckpointError, match=r"nearest is ViT-B-32[-a-z]*: missing: visual\.ln_post\.bias\."):
-        fit.candidates(found)
+        matching.candidates(found)
 
 
 def test_another_shape_names_the_nearest_architecture() -> None:
     found = on_meta("RN50")
     found["visual.attnpool.positional_embedding"] = torch.empty(82, 2048, device="meta")
     with pytest.raises(CheckpointError, match=r"nearest is RN50.*positional_embedding \(82, 2048\) instead of"):
-        fit.candidates(found)
+        matching.candidates(found)
 
 
 def test_a_weight_that_the_tower_does_not_know_means_another_architecture() -> None:
     found = on_meta("ViT-B-32")
     found["visual.transformer.resblocks.0.ls_1.gamma"] = torch.empty(768, device="meta")
     with pytest.raises(CheckpointError, match=r"unknown: visual\.transformer\.resblocks\.0\.ls_1\.gamma"):
-        fit.candidates(found)
+        matching.candidates(found)
 
 
 def test_what_is_no_clip_says_so() -> None:
     with pytest.raises(CheckpointError, match=r"no CLIP.*fc\.weight"):
-        fit.candidates({"fc.weight": torch.ones(2, 2)})
+        matching.candidates({"fc.weight": torch.ones(2, 2)})
 
 
 def test_fits_that_differ_in_heads_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     other = copy.deepcopy(VIT)
     other["text_cfg"]["heads"] = 4
     monkeypatch.setattr(
-        fit, "_usable_configs", lambda: {"one": VIT, "two": other, "one-again": {**VIT, "quick_gelu": True}}
+        matching, "_usable_configs", lambda: {"one": VIT, "two": other, "one-again": {**VIT, "quick_gelu": True}}
     )
     with pytest.raises(InputError, match=r"\(one = one-again; two\); name one with `--arch`"):
-        fit.candidates(weights(VIT))
+        matching.candidates(weights(VIT))
 
 
 def test_config_beside_the_file_settles_everything(tensors: dict[str, Tensor]) -> None:
@@ -325,12 +325,12 @@ def test_fit_never_makes_up_a_weight(tensors: dict[str, Tensor]) -> None:
     for name in tensors:
         lacking = {key: value for key, value in tensors.items() if key != name}
         with pytest.raises(CheckpointError, match=f"missing: {name};"):
-            fit.fit(lacking, CLIP)
+            matching.fit(lacking, CLIP)
 
 
 def test_fit_adapts_as_open_clip_does(tensors: dict[str, Tensor]) -> None:
     custom = {**CLIP, "custom_text": True, "init_logit_bias": -10.0, "nonscalar_logit_scale": True}
-    fitted = fit.fit({**tensors, "classifier.weight": torch.ones(2)}, custom)
+    fitted = matching.fit({**tensors, "classifier.weight": torch.ones(2)}, custom)
     openclip.build(custom, device="cpu").load_state_dict(fitted.tensors)
     assert torch.equal(fitted.tensors["text.ln_final.weight"], tensors["ln_final.weight"])
     assert fitted.tensors["logit_scale"].shape == (1,)
@@ -342,7 +342,7 @@ def test_fit_adapts_as_open_clip_does(tensors: dict[str, Tensor]) -> None:
 def test_resnet_round_trip() -> None:
     config = with_vocabulary(RESNET)
     found = weights(config)
-    assert set(fit.fit(found, config).tensors) == set(found)
+    assert set(matching.fit(found, config).tensors) == set(found)
 
 
 @pytest.mark.parametrize(("scale", "taken"), [(1000.0, True), (1001.0, False), (float("inf"), False)])
@@ -369,7 +369,7 @@ def test_shared_suspect_fits_its_config(shared: Path) -> None:
     spec = resolve_model(read)
     assert (spec.preprocess.size, spec.preprocess.mean) == (128, (0.5, 0.5, 0.5))
     clip = FrozenClip(
-        fit.fit(read.tensors, spec.config).tensors,
+        matching.fit(read.tensors, spec.config).tensors,
         spec.config,
         spec.preprocess,
         openclip.Tokenizer(spec.config),

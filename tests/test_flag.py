@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.flag import Direction, fit_direction, fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.settings import RuleSettings
 from cbpt_guard.defense.tuning import FeatureSet
 

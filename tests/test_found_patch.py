@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from planted import SIZE, PlantedClip
 from torch import Tensor
 
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.inversion import invert_toward
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.pattern import Pattern, square
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search

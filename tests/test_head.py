@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.head import LEFT_OUT, GuardedHead, Head, Rule, TriggerTest, apply_rule
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.errors import InputError
 
 C, E, TARGET = 5, 16, 3

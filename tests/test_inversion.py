@@ -16,6 +16,7 @@ from small_clips import RESNET, VIT
 from torch import Tensor
 
 from cbpt_guard.defense.classscan import Scanned, scan_targets
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, Head
@@ -25,7 +26,7 @@ from cbpt_guard.defense.inversion import (
     invert_agnostic,
     invert_toward,
 )
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.odds import faintly
 from cbpt_guard.defense.pattern import Pattern
 from cbpt_guard.defense.progress import Step, silent

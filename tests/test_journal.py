@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import FoundTrigger
-from cbpt_guard.defense.journal import FOLDER, Journal, Scratch, generator
+from cbpt_guard.defense.journal import FOLDER, Journal, Scratch
 from cbpt_guard.errors import InputError
 
 KEY = {"seed": 0, "model": "abc", "settings": {"steps": 3}}

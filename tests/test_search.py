@@ -14,10 +14,11 @@ from planted import SIZE, PlantedClip
 from cbpt_guard.defense import job
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.classscan import Scanned, scan_targets
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head, Reached
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import observe
 from cbpt_guard.defense.odds import at_once, loud
 from cbpt_guard.defense.pattern import square

@@ -13,6 +13,7 @@ from quick_cbpt import SETTINGS
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.rival import Shots, shot_features
 from cbpt_guard.defense import stage2
+from cbpt_guard.defense.accuracy import clean_accuracy
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
@@ -22,7 +23,6 @@ from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.stage2 import guard, least_accuracy, still_kept
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose
-from cbpt_guard.defense.verdict import clean_accuracy
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect

@@ -11,8 +11,8 @@ from planted import NAMES, TEMPLATE, frozen, snapshot
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, loss_and_gradient, tune, tuning_loss

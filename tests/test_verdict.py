@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from cbpt_guard.defense.accuracy import check_accuracy, clean_accuracy
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import GuardedHead, Head, TriggerTest
 from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerMetrics
 from cbpt_guard.defense.settings import VerdictSettings
+from cbpt_guard.defense.stage2 import look_at
 from cbpt_guard.defense.tuning import FeatureSet
-from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, look_at, measure
+from cbpt_guard.defense.verdict import Attacked, judge, measure
 from cbpt_guard.errors import CheckpointError, InputError
 
 BOUNDS = VerdictSettings(found_asr=0.05, fresh_asr=0.03, accuracy_loss=0.02)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cbpt_guard.bench.implant import implant
 from cbpt_guard.defense.clip import FrozenClip
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import TriggerBank, encode
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import Journal, generator
+from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.planted.wave import sig
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.search import Search

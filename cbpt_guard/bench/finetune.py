@@ -16,12 +16,12 @@ from cbpt_guard.bench.rival import Shots, unflagged
 from cbpt_guard.bench.settings import FT, FineTuneSettings
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.bench.trainable import Captions, TrainableClip
+from cbpt_guard.defense.accuracy import clean_accuracy
 from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.suspect import zero_shot_head
-from cbpt_guard.defense.verdict import clean_accuracy
 
 _Any = TypeVar("_Any")
 

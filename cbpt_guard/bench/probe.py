@@ -9,8 +9,8 @@ from torch import Tensor
 from cbpt_guard.bench.rival import Logits, Shots, shot_features, unflagged
 from cbpt_guard.bench.settings import PROBE, ProbeSettings
 from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.accuracy import clean_accuracy
 from cbpt_guard.defense.head import LEFT_OUT
-from cbpt_guard.defense.verdict import clean_accuracy
 
 
 def probe(task: Task, settings: ProbeSettings = PROBE) -> Defended:

@@ -11,13 +11,13 @@ from torch import Tensor
 from cbpt_guard.bench.rival import Shots, shot_features, unflagged
 from cbpt_guard.bench.settings import CLEAN_PROMPTS, CleanPromptsSettings
 from cbpt_guard.bench.task import Defended, Task
+from cbpt_guard.defense.accuracy import clean_accuracy
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import TuningSettings
 from cbpt_guard.defense.tuning import FeatureSet, tune
-from cbpt_guard.defense.verdict import clean_accuracy
 
 
 class Best(NamedTuple):

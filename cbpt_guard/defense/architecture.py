@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.defense import fit, modelconfig, openclip
+from cbpt_guard.defense import matching, modelconfig, openclip
 from cbpt_guard.defense.modelconfig import PREPROCESSING
 from cbpt_guard.defense.openclip import ModelConfig
 from cbpt_guard.defense.untrusted.checkpoint import CONFIG_NAME, ReadCheckpoint
@@ -107,7 +107,7 @@ def resolve_model(
     """
     architecture = _architecture(checkpoint, arch)
     config = next(iter(architecture.models.values()))
-    fit.fit(checkpoint.tensors, config)
+    matching.fit(checkpoint.tensors, config)
     settled = {"architecture": architecture.how, "tokenizer": _tokenizer_rule(config, tokenizer)}
     options = {
         "architecture": _image_sizes(architecture),
@@ -132,7 +132,7 @@ def _architecture(checkpoint: ReadCheckpoint, arch: str | None) -> _Architecture
         return _Architecture({_title(config): config}, BESIDE, states_activation=True)
     if arch is None:
         how = f"inferred: the only fit among the configs of open_clip {openclip.VERSION}"
-        return _Architecture(fit.candidates(checkpoint.tensors), how, states_activation=False)
+        return _Architecture(matching.candidates(checkpoint.tensors), how, states_activation=False)
     config, named = _asked_for(arch)
     if named:
         return _Architecture({arch: config}, "--arch", states_activation=arch.endswith(_TWIN))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,12 +18,6 @@ from cbpt_guard.files import write_text
 
 FOLDER = "journal"
 _KEY = "key.json"
-
-
-def generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own for each purpose, so that skipping one part leaves the others' draws as they were."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class Parts(Protocol):

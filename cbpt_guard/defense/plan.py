@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from cbpt_guard.defense.accuracy import check_accuracy
 from cbpt_guard.defense.classscan import scan_images
 from cbpt_guard.defense.data import split
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.inversion import NARROW, PATIENCE, invert_agnostic
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
-from cbpt_guard.defense.verdict import check_accuracy
 from cbpt_guard.defense.waves import heard_images
 
 _TRIGGERS = 4  # masked, additive, agnostic and one of a narrow family toward one suspect, at most the usual bank

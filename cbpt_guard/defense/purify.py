@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cbpt_guard.defense.accuracy import check_accuracy, clean_accuracy
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
@@ -31,7 +32,7 @@ from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import FeatureSet
-from cbpt_guard.defense.verdict import Attacked, check_accuracy, clean_accuracy, judge, measure
+from cbpt_guard.defense.verdict import Attacked, judge, measure
 from cbpt_guard.errors import SetupError
 from cbpt_guard.files import partial_path, staged
 from cbpt_guard.metrics import exceeds

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from cbpt_guard import __version__
+from cbpt_guard.defense.accuracy import check_accuracy
 from cbpt_guard.defense.calibration import Looked, Standing, calibration
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.found import encode
@@ -17,7 +18,6 @@ from cbpt_guard.defense.journal import Scratch
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.record import Candidate, ModelRecord
 from cbpt_guard.defense.search import searching
-from cbpt_guard.defense.verdict import check_accuracy
 
 _LIKELIEST = 10
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.classscan import Scanned, scan_targets
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Reached
@@ -21,7 +22,7 @@ from cbpt_guard.defense.inversion import (
     invert_toward,
 )
 from cbpt_guard.defense.job import Prepared
-from cbpt_guard.defense.journal import Parts, generator
+from cbpt_guard.defense.journal import Parts
 from cbpt_guard.defense.odds import PROBE, at_once, faintly, grown, odds_of, ranked
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from cbpt_guard.defense.accuracy import clean_accuracy
 from cbpt_guard.defense.anchored import anchored_rows
+from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.head import GuardedHead, Head
-from cbpt_guard.defense.journal import generator
 from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.progress import Progress, Step
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
 from cbpt_guard.defense.tuning import Epoch, FeatureSet, choose, tune
-from cbpt_guard.defense.verdict import clean_accuracy, look_at
+from cbpt_guard.metrics import attack_success_rate, poisoned_accuracy
 
 
 def guard(
@@ -57,6 +58,20 @@ def guard(
     rows = anchored_rows(untuned.original, seen, settings.anchor)
     both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, best[0].rows))
     return both.with_rule(settings.rule.name), best[0]
+
+
+def look_at(
+    head: GuardedHead, number: int, rows: Tensor, contexts: Tensor, unseen: FeatureSet, bank: TriggerBank
+) -> Epoch:
+    """One epoch through the rule on unseen images: clean accuracy, worst found-trigger ASR and mean PA."""
+    truth = unseen.labels.numpy()
+    asrs, pas = [0.0], []
+    for trigger, features in zip(bank, unseen.triggered, strict=True):
+        predicted = head.answer(features).logits.argmax(dim=1).numpy()
+        asrs.append(attack_success_rate(predicted, truth, trigger.target))
+        pas.append(poisoned_accuracy(predicted, truth, trigger.target))
+    accuracy = clean_accuracy(head.answer(unseen.clean).logits, unseen.labels)
+    return Epoch(number, rows, contexts, accuracy, max(asrs), sum(pas) / len(pas))
 
 
 def least_accuracy(original: Head, unseen: FeatureSet, settings: Settings) -> float:

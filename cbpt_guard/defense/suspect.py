@@ -11,9 +11,9 @@ from torch import Tensor
 from cbpt_guard.defense.architecture import OPEN_CLIP_TOKENIZER, Accuracy, ModelSpec, check_arch, resolve_model
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import Listing, load_images
-from cbpt_guard.defense.fit import fit
 from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.matching import fit
 from cbpt_guard.defense.openclip import Tokenizer
 from cbpt_guard.defense.record import ModelRecord
 from cbpt_guard.defense.untrusted.checkpoint import ReadCheckpoint, read_checkpoint
