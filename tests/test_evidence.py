@@ -62,6 +62,28 @@ def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_
     assert ablations.searches([lines[2], unsearched]) == "Version of the search that found the triggers: sig 4."
 
 
+def test_both_rules_stand_side_by_side_and_no_test_image_is_among_them(
+    commands: tuple[ModuleType, ModuleType],
+) -> None:
+    import ablations  # beside `commands`
+
+    rules = [
+        line(defense=defense, implant=implant, split="clean", images=images, asr=asr, ca=0.5, pa=0.2, max_share=0.3)
+        for defense, asr in (("cbpt-prompts", 0.7), ("none", 1.0), ("cbpt", 0.01))
+        for implant, images in (("wanet", 6800), ("two", 6700))
+    ]
+    rows = ablations.both_rules([*rules, line(defense="none", attack="off", split="clean")]).splitlines()
+    assert rows[0] == "In %, on 6700 to 6800 images."
+    assert rows[4].startswith("| wanet | the suspect | 50.0 | 100.0 | 20.0 | 30.0 |")
+    assert rows[6].startswith("| wanet | the paper's rule | 50.0 | 70.0 |")
+    assert rows[8].startswith("| two | the switch | 50.0 | 1.0 |")
+    assert len(rows) == 10
+    assert "In %, on 6800 images." in ablations.both_rules(rules[::2])
+    with pytest.raises(SystemExit, match="without --final"):
+        ablations.both_rules([*rules, line(defense="cbpt", implant="wanet", split="test")])
+    assert ablations.both_rules([]).startswith("Neither rule")
+
+
 def test_parts_are_filled_between_their_marks(commands: tuple[ModuleType, ModuleType]) -> None:
     evidence, _ = commands
     document = "a <!-- one -->\nold\n<!-- /one --> b <!-- two --><!-- /two --> c"

@@ -34,6 +34,13 @@ def head(*, suspected: bool = True, rule: Rule = "switch", bias: float = -2.5) -
     return GuardedHead(Head(rows, 100.0, bias), Head(unit("guarded", C), 100.0, bias), test, classes, rule)
 
 
+def test_answers_of_many_images_come_part_by_part() -> None:
+    features = F.normalize(torch.randn(9000, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    head = Head(torch.eye(6), 10.0)
+    assert torch.equal(head.answers(features), head.logits(features).argmax(1))
+    assert head.answers(features[:0]).shape == (0,)
+
+
 def test_a_head_that_suspects_nothing_answers_bit_for_bit_as_before() -> None:
     features, guarded = unit("images", 300), head(suspected=False)
     answer = guarded.answer(features)

@@ -143,7 +143,7 @@ def fit_test(
             if trigger.target == target
         ]
         attacked = torch.cat([*found, observed.get(target, data.clean[:0])])
-        answering = attacked[original.logits(attacked).argmax(1) == target]
+        answering = attacked[original.answers(attacked) == target]
         if len(answering) < _FEWEST:
             continue
         stand_in = original.rows[target] + gap

@@ -19,6 +19,7 @@ Rule = Literal["switch", "prompts"]
 LEFT_OUT = -1e4
 """The logit of a class that the rule leaves out: softmax gives it 0, and float16 still holds it."""
 
+_PART = 4096  # images
 _BY_CLASS = ("original_rows", "guarded_rows", "directions", "thresholds")
 
 
@@ -38,8 +39,8 @@ class Head:
         return self.scale * features @ self.rows.T + self.bias
 
     def answers(self, features: Tensor) -> Tensor:
-        """The answered classes (N,) of unit features (N, E)."""
-        return self.logits(features).argmax(dim=1)
+        """The answered classes (N,) of unit features (N, E); logits of a part at a time, for they grow with C."""
+        return torch.cat([self.logits(part).argmax(dim=1) for part in features.split(_PART)])
 
     def leads(self, features: Tensor) -> Tensor:
         """By how many logits each class is ahead of the best other one, (N, C), for unit features (N, E)."""

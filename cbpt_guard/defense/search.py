@@ -233,7 +233,7 @@ class Search:
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers on the probe images, (C,)."""
         features = self._features(trigger)
-        answers = self._subject.head.logits(features).argmax(1)
+        answers = self._subject.head.answers(features)
         return answers.bincount(minlength=len(self.classes)) / len(answers)
 
     def _reached(self, trigger: FoundTrigger | None) -> Reached:

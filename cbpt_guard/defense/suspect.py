@@ -94,7 +94,7 @@ def _accuracy(checkpoint: ReadCheckpoint, spec: ModelSpec, listing: Listing, tem
     data = load_images(few, spec.preprocess, skip_bad=True)
     clip = _freeze(spec, fit(checkpoint.tensors, spec.config).tensors, device)
     head = zero_shot_head(clip, data.classes, template)
-    answers = head.logits(encode(clip, data.images)).argmax(1)
+    answers = head.answers(encode(clip, data.images))
     return Accuracy(float((answers == data.labels).float().mean()), len(data.labels))
 
 
