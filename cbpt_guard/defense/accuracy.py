@@ -23,8 +23,8 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
     """Warnings about the undefended accuracy on all clean features (N, E); chance is 1 / C.
 
     Raises:
-        InputError: it is not above chance by two standard errors, or all images of several classes are answered alike:
-            names, tokenizer or preprocessing do not fit.
+        InputError: it is not above chance by two standard errors, or all images, which are of two classes or more, are
+            answered alike: names, tokenizer or preprocessing do not fit.
         CheckpointError: features are no numbers.
     """
     if not features.isfinite().all():
@@ -34,7 +34,7 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
     chance = 1 / len(data.classes)
     error = standard_error(chance, len(data.labels))
     found = f"the undefended model gets {100 * accuracy:.1f} % of clean images right; chance is {100 * chance:.1f} %"
-    alike = len(answers.unique()) == 1 and len(data.labels.unique()) > 1
+    alike = len(answers.unique()) == 1
     if alike:
         found = f"the undefended model answers every clean image with {data.classes[int(answers[0])]!r}"
     # of very few images two errors may be more than there is: all of them right is above chance
