@@ -14,7 +14,7 @@ from small_runs import CLASSES
 from cbpt_guard.defense import job
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.head import Head
-from cbpt_guard.defense.job import Job, Prepared
+from cbpt_guard.defense.job import Job, Prepared, _open_reused
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import Settings, TuningSettings
@@ -68,6 +68,20 @@ def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(prepared: Prepare
     Journal(tmp_path, prepared.key())
     with pytest.raises(InputError, match="begun with another"):
         Journal(tmp_path, CHANGES[change](prepared).key())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("another preprocessing", "preprocess"), ("another activation", "quickgelu"), ("another architecture", "config")],
+)
+def test_triggers_of_a_model_that_was_understood_otherwise_are_not_reused(
+    prepared: Prepared, tiny_run: Path, change: str, named: str
+) -> None:
+    with pytest.raises(InputError, match=f"made with another {named}; run without `--reuse`"):
+        _open_reused(tiny_run, CHANGES[change](prepared).suspect)
+    with pytest.raises(InputError, match="made from another checkpoint"):
+        _open_reused(tiny_run, CHANGES["another checkpoint"](prepared).suspect)
+    assert _open_reused(tiny_run, CHANGES["another tokenizer"](prepared).suspect).path == tiny_run
 
 
 @pytest.mark.parametrize("what", ["run", "recipe", "versions"])
