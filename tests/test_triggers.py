@@ -19,7 +19,7 @@ from cbpt_guard.errors import InputError
 
 TARGET = "banana split"
 MADE: dict[str, Trigger] = {name: draw(32, 5) for name, draw in DRAWINGS.items()}
-UNSEEDED = {"sig", "ftrojan", "nashville"}
+UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville"}
 TESTED_ELSEWHERE = {"steganographic"}  # it is trained, not drawn
 ODD_SIZE = 50  # no multiple of a block, of a stripe or of a control grid
 
@@ -33,6 +33,7 @@ MOST_CHANGE = {
     "triangles": (20, 38),
     "watermark": (10, 128),
     "sig": (40, 60),
+    "fine-wave": (40, 60),
     "wanet": (80, 255),
     "ftrojan": (3, 8),
     "nashville": (60, 255),
