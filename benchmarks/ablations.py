@@ -95,9 +95,8 @@ def both_rules(lines: Sequence[Line]) -> str:
         for name, rule in order
         if (here := [line for line in counted if (line.implant, line.defense) == (name, rule)])
     ]
-    images = " to ".join(
-        str(count) for count in sorted({max(line.images for line in counted), min(line.images for line in counted)})
-    )
+    fewest, most = (which(line.images for line in counted) for which in (min, max))
+    images = str(most) if fewest == most else f"{fewest} to {most}"
     return "\n".join([f"In %, on {images} images.", "", joined(head), joined(["---"] * len(head)), *rows])
 
 

@@ -566,7 +566,9 @@ def test_a_suspected_class_without_a_test_is_named(
     assert (run["verdict"]["name"], run["suspects"]) == ("not guarded", [])
 
 
-def test_what_only_accuracy_can_tell_is_judged_on_the_clean_images(digits_suspect: DigitsSuspect) -> None:
+def test_what_only_accuracy_can_tell_is_judged_on_the_clean_images(
+    digits_suspect: DigitsSuspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = suspect.read_checkpoint(digits_suspect.checkpoint)
     spec, listing = resolve_model(read), list_images(digits_suspect.data)
     found = suspect._accuracy(read, spec, listing, TEMPLATE, "cpu")
@@ -574,6 +576,8 @@ def test_what_only_accuracy_can_tell_is_judged_on_the_clean_images(digits_suspec
     assert found.value > 0.8
     turned = replace(listing, files=listing.files[1:] + listing.files[:1])
     assert suspect._accuracy(read, spec, turned, TEMPLATE, "cpu").value < 0.1
+    monkeypatch.setattr(suspect, "_JUDGED_IMAGES", 4)
+    assert suspect._accuracy(read, spec, listing, TEMPLATE, "cpu").images == 4, "fewer than there are classes"
 
 
 # what reaches the recipe

@@ -550,7 +550,9 @@ def test_the_papers_rule_is_judged_by_its_own_numbers(both: tuple[Defended, Defe
     assert prompts.run is not None
     ours, paper = PurifyRun.open(switch.run), PurifyRun.open(prompts.run)
     assert paper.metrics.clean_accuracy_after == ours.metrics.clean_accuracy_prompts
-    assert [one.asr_after for one in paper.metrics.triggers] == [one.asr_prompts for one in ours.metrics.triggers]
+    for what in ("asr", "pa", "max_share"):
+        after = [getattr(one, f"{what}_after") for one in paper.metrics.triggers]
+        assert after == [getattr(one, f"{what}_prompts") for one in ours.metrics.triggers]
     assert [one.after for one in paper.metrics.classes] == [one.after_prompts for one in ours.metrics.classes]
     assert (switch.verdict, prompts.verdict) == (ours.record.verdict.name, paper.record.verdict.name)
     bad = ours.metrics.model_copy(update={"clean_accuracy_prompts": 0.0})

@@ -80,7 +80,8 @@ def _by_prompts(task: Task, run: PurifyRun) -> PurifyRun:
 def _after_prompts(metrics: RunMetrics) -> RunMetrics:
     """What the run measured of the prompts, as what comes after."""
     triggers = (
-        one.model_copy(update={"asr_after": one.asr_prompts, "pa_after": one.pa_prompts}) for one in metrics.triggers
+        one.model_copy(update={f"{what}_after": getattr(one, f"{what}_prompts") for what in ("asr", "pa", "max_share")})
+        for one in metrics.triggers
     )
     classes = (one.model_copy(update={"after": one.after_prompts}) for one in metrics.classes)
     changed = {"clean_accuracy_after": metrics.clean_accuracy_prompts, "triggers": tuple(triggers)}

@@ -67,7 +67,7 @@ def look_at(
     truth = unseen.labels.numpy()
     asrs, pas = [0.0], []
     for trigger, features in zip(bank, unseen.triggered, strict=True):
-        predicted = head.answer(features).logits.argmax(dim=1).numpy()
+        predicted = head.answers(features).numpy()
         asrs.append(attack_success_rate(predicted, truth, trigger.target))
         pas.append(poisoned_accuracy(predicted, truth, trigger.target))
     accuracy = clean_accuracy(head.answer(unseen.clean).logits, unseen.labels)
