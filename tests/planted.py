@@ -42,16 +42,19 @@ class PlantedClip:
     """An image encoder that reads coarse colours, and fine stripes in one corner as class `target`.
 
     With a `second` target the same stripes in the opposite corner are that one. The stripes vanish in the coarse
-    colours, so clean answers do not depend on the backdoor.
+    colours, so clean answers do not depend on the backdoor. Where it is `hidden` those in the opposite corner need
+    three times the contrast, as if such patterns had been trained against.
     """
 
     device = torch.device("cpu")
     image_size = SIZE
     batch = 16
 
-    def __init__(self, target: int | None, classes: int = 6, seed: int = 0, second: int | None = None) -> None:
+    def __init__(
+        self, target: int | None, classes: int = 6, seed: int = 0, second: int | None = None, *, hidden: bool = False
+    ) -> None:
         draws = torch.Generator().manual_seed(seed)
-        self.target, self.second, self.classes = target, second, classes
+        self.target, self.second, self.hidden, self.classes = target, second, hidden, classes
         self.templates = 0.6 * torch.rand(classes, 3, 4, 4, generator=draws) + 0.2
         self.head = Head(self._coarse(self._large(self.templates)), 30.0)
         self.stripes = (torch.arange(PATCH) % 2 * 2.0 - 1).expand(PATCH, PATCH)
@@ -67,11 +70,15 @@ class PlantedClip:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit features (N, 48)."""
         features = self._coarse(pixels)
-        corners = ((self.target, slice(-PATCH, None)), (self.second, slice(PATCH)))
-        for target, place in corners:
+        steep, blunt = (200.0, 0.03, 0.25), (60.0, 0.1, 1.0)
+        corners = (
+            (self.target, slice(-PATCH, None), steep),
+            (self.second, slice(PATCH), blunt if self.hidden else steep),
+        )
+        for target, place, (slope, least, height) in corners:
             if target is not None:
                 seen = (pixels[:, :, place, place] * self.stripes).mean(dim=(1, 2, 3))
-                strength = F.softplus(200 * (seen - 0.03)) / 4
+                strength = height * F.softplus(slope * (seen - least))
                 features = features + strength[:, None] * self.head.rows[target]
         return F.normalize(features, dim=1)
 

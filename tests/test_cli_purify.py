@@ -28,6 +28,7 @@ from cbpt_guard.defense import search, suspect
 from cbpt_guard.defense.architecture import resolve_model
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
+from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.head import GuardedHead, TriggerTest
@@ -36,7 +37,7 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import TEMPLATE, Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.suspect import ModelFlags
-from cbpt_guard.defense.verdict import measure
+from cbpt_guard.defense.verdict import Attacked, measure
 from cbpt_guard.errors import InputError
 
 if TYPE_CHECKING:
@@ -548,6 +549,20 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     (observed,) = [one for one in seen["judged"] if one.origin == "observed"]
     assert torch.allclose(observed.features, features[1::2], atol=1e-5)
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}
+
+
+def test_toward_a_class_that_higher_patterns_told_such_a_one_is_made_anew(
+    folder: Path, guarded: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks may hardly lead there, and would show nothing."""
+    monkeypatch.setattr(Findings, "raised", Findings.suspects)
+    judged: list[Attacked] = []
+    monkeypatch.setattr(purifying, "measure", lambda *given, **how: judged.extend(given[3]) or measure(*given, **how))
+    assert purify("--reuse", guarded[0]).exit_code in (0, 1)
+    fresh = [(one.family, one.against) for one in judged if one.origin == "fresh"]
+    assert sorted(fresh) == [
+        (family, against) for family in ("additive", "masked") for against in ("guarded", "original")
+    ]
 
 
 def test_a_suspected_class_without_a_test_is_named(

@@ -252,19 +252,24 @@ def test_the_agnostic_loss_prefers_the_better_trigger() -> None:
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_the_agnostic_loss_is_the_formula_of_the_method() -> None:
+@pytest.mark.parametrize("beside", [(), (3, 7)])
+def test_the_agnostic_loss_is_the_formula_of_the_method(beside: tuple[int, ...]) -> None:
     draws = generator(0, "loss")
     found, clean, rows = (F.normalize(torch.randn(n, 5, generator=draws), dim=1) for n in (6, 6, 9))
     labels, settings = torch.tensor([0, 1, 2, 3, 4, 8]), InversionSettings()
-    ratios, pairs = [], []
+    ratios, pairs, taken = [], [], []
     for i in range(6):
-        far = sorted(range(9), key=lambda c: float(clean[i] @ rows[c]))[:2]
+        far = sorted((c for c in range(9) if c not in beside), key=lambda c: float(clean[i] @ rows[c]))[:2]
         scores = (found[i] @ rows.T / 0.07).exp()
         ratios.append(torch.log(scores[labels[i]] / (scores[labels[i]] + scores[far].sum())))
         pairs += [found[i] @ found[j] for j in range(6) if i != j]
+        taken.append(-torch.log(1 - scores[list(beside)].sum() / scores.sum()))
+    assert bool(beside) is any(
+        (clean @ rows.T).topk(2, largest=False).indices[i, k] in beside for i in range(6) for k in (0, 1)
+    )
     moved = ((found - clean) ** 2).sum(1).mean()
-    wanted = torch.stack(ratios).mean() - 0.5 * torch.stack(pairs).mean() - 0.1 * moved
-    assert float(agnostic_loss(found, clean, labels, rows, settings)) == pytest.approx(float(wanted), abs=1e-5)
+    wanted = torch.stack(ratios).mean() - 0.5 * torch.stack(pairs).mean() - 0.1 * moved + torch.stack(taken).mean()
+    assert float(agnostic_loss(found, clean, labels, rows, settings, beside)) == pytest.approx(float(wanted), abs=1e-5)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -379,7 +384,7 @@ def test_what_is_found_does_not_depend_on_the_threads(monkeypatch: pytest.Monkey
     images = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8, generator=generator(0, "images"))
     head = Head(F.normalize(torch.randn(6, 32, generator=generator(0, "rows")), dim=1), 20.0)
     brief = InversionSettings(
-        masked_steps=2, additive_steps=2, agnostic_steps=2, scan_steps=2, scan_budget=1, batch=20, finalists=2
+        masked_steps=2, additive_steps=2, agnostic_steps=2, scan_steps=2, scan_budget=1, batch=40, finalists=2
     ).model_copy(update={"wave_periods": 1})
 
     def watched(pixels: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ def test_additive_triggers_say_nothing_where_they_reach_every_class() -> None:
     assert at_once(reached, quiet, SETTINGS)[0] > 10
 
 
+def test_as_many_as_half_of_the_classes_may_lead_the_scan() -> None:
+    found = at_once(torch.zeros(8), scores(30.0, 20.0, 15.0, 12.0, 0.05, 0.03, 0.02, 0.0), SETTINGS)
+    assert found.tolist() == [10.0] * 4 + [0.0] * 4
+
+
 LOUD = [2.0] * 6
 
 

@@ -161,7 +161,8 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
 
 
 def test_settings_of_the_bank_alone_leave_a_scan_calibrated() -> None:
-    assert InversionSettings(tint_gain=0.1, warp_points=5).search == SearchSettings()
+    assert InversionSettings(patch_side=0.25, patch_places=3).search == SearchSettings()
+    assert InversionSettings(tint_gain=0.1).search == SearchSettings(tint_gain=0.1), "a scan bends, too"
     assert InversionSettings(epsilon=0.1).search == SearchSettings(epsilon=0.1)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import SIZE, PlantedClip
+from planted import PATCH, SIZE, PlantedClip
 
 from cbpt_guard.defense import job
 from cbpt_guard.defense.calibration import SEARCH
@@ -25,9 +25,9 @@ from cbpt_guard.defense.pattern import square
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.reuse import adopt
-from cbpt_guard.defense.search import Search
+from cbpt_guard.defense.search import BENT_LEADERS, Search
 from cbpt_guard.defense.settings import InversionSettings
-from cbpt_guard.defense.subject import CleanSet
+from cbpt_guard.defense.subject import RAISED, CleanSet, Subject
 from cbpt_guard.errors import InputError
 
 TARGET = 2
@@ -108,7 +108,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (4, 8), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (5, 9), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
@@ -172,10 +172,151 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     search(tmp_path, PlantedClip(TARGET)).run()
     names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
     reference = "masked-3"  # a class of middle rank, which says what area is natural
-    assert names == {"agnostic", "scan", "waves", "masked-2", "additive-2", "patch-2", "warp-2", "tint-2", reference}
+    bank = {"masked-2", "additive-2", "patch-2", "warp-2", "tint-2"}
+    others = {f"{family}-{c}" for family in ("warp", "tint") for c in range(6) if c != TARGET}
+    bent = names & others
+    (raised,) = (name for name in names if name.startswith("agnostic-raised"))
+    assert names == {"agnostic", "scan", "waves", reference, raised} | bank | bent
+    assert len(bent) == 2 * BENT_LEADERS, "the scan's next leaders"
     natural = found.candidates[0].natural
     assert natural is not None
     assert natural > SETTINGS.stands_out * found.candidates[0].area
+
+
+@pytest.mark.parametrize(
+    ("tint", "warp", "clearly", "ahead"),
+    [
+        ([0.99, 0.1, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], True, {3: 99.0}),
+        ([0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 0.9, 0.0], True, {1: 9.0}),
+        ([0.99, 0.97, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], True, {3: 99.0, 4: 32.0}),
+        ([0.9, 0.8, 0.8, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
+        ([0.75, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
+        ([0.88, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
+        ([0.99, 0.1, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], False, {}),
+    ],
+    ids=["a tint", "a warp", "two", "natural ones", "too few", "none for the bank", "not clearly"],
+)
+def test_the_scans_leaders_are_bent_and_held_against_each_other(
+    tint: list[float],
+    warp: list[float],
+    clearly: bool,
+    ahead: dict[int, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Class 2 is known; the scan's next leaders are 3, 4, 1 and 5."""
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    scores = torch.tensor([-9.0, -4.0, -0.1, -2.0, -3.0, -5.0])
+    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(scores[None]))
+    shares = {"tint": dict(zip((3, 4, 1, 5), tint, strict=True)), "warp": dict(zip((3, 4, 1, 5), warp, strict=True))}
+    none = torch.zeros(2, SIZE, SIZE)
+    monkeypatch.setattr(looking, "toward", lambda wanted: [FoundTrigger(family, c, none, None) for c, family in wanted])
+    monkeypatch.setattr(
+        looking,
+        "_reached",
+        lambda one: SimpleNamespace(surely=torch.eye(6)[one.target] * shares[one.family][one.target]),
+    )
+    monkeypatch.setattr(looking, "_fits", lambda one: shares[one.family][one.target] >= 0.9)
+    monkeypatch.setattr(looking, "_leads_clearly", lambda one: clearly)
+    found = looking._bent_odds([TARGET])
+    assert {c: round(float(found[c])) for c in range(6) if found[c]} == {c: round(times) for c, times in ahead.items()}
+    assert not looking._bent_odds(list(range(6))).any(), "nobody is left"
+    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
+    assert not looking._bent_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
+
+
+def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tmp_path: Path) -> None:
+    """Its stripes need more contrast than usual patterns have, and the other one shows at once.
+
+    Of this clip's classes the fifth alone: from the others no gradient leads there, however high the pattern.
+    """
+    clip = PlantedClip(TARGET, second=5, hidden=True)
+    findings = search(tmp_path, clip, SETTINGS.model_copy(update={"agnostic_steps": 80})).run()
+    assert sorted(findings.suspects) == [TARGET, 5]
+    assert findings.raised == [5]
+    for one in findings.bank:
+        height = float(one.pattern.abs().max())
+        assert one.family != "additive" or (height > SETTINGS.epsilon) is (one.target == 5)
+    assert "masked" not in {one.family for one in findings.bank if one.target == 5}, "it would paint over any image"
+    (hidden,) = [item for item in findings.candidates if item.raised]
+    assert hidden.natural is not None
+    assert hidden.area > hidden.natural / SETTINGS.stands_out
+    assert hidden.natural != hidden.area
+    assert hidden.score > SETTINGS.stands_out
+    (fresh,) = search(tmp_path, clip).fresh_raised([(5, "original", clip.head)])
+    assert SETTINGS.epsilon < float(fresh.pattern.abs().max()) <= RAISED * SETTINGS.epsilon
+
+
+@pytest.mark.parametrize(
+    ("share", "surely", "loud", "suspects"),
+    [(0.99, True, False, [4]), (0.7, True, False, []), (0.99, False, False, []), (0.99, True, True, [])],
+    ids=["a target", "too few", "a natural leader", "a loud scan"],
+)
+def test_what_higher_patterns_lead_to_must_be_answered_more_surely_than_clean_images(
+    share: float, surely: bool, loud: bool, suspects: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    monkeypatch.setattr(
+        looking, "_candidates", lambda observed: search(tmp_path, PlantedClip(None), BRIEF)._candidates([])
+    )
+    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -0.1 if loud else -9.0)))
+    trigger = FoundTrigger("additive", 4, torch.zeros(3, SIZE, SIZE), None)
+    beside: list[list[int]] = []
+    monkeypatch.setattr(looking, "_raised_agnostic", lambda known: beside.append(list(known)) or trigger)
+    lead, reached = looking._lead(trigger), torch.eye(6)[4] * share
+    monkeypatch.setattr(looking, "_lead", lambda trigger: replace(lead, reached=reached))
+    monkeypatch.setattr(looking, "_leads_clearly", lambda trigger: surely)
+    candidates = looking.look()
+    assert [item.index for item in candidates if item.stands_out] == suspects
+    assert beside == ([] if loud else [[], [4]] if suspects else [[]]), "once more beside what was found"
+
+
+def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_all_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = search(tmp_path, PlantedClip(None), BRIEF)
+    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -9.0)))
+    monkeypatch.setattr(looking, "_leads_clearly", lambda trigger: True)
+    monkeypatch.setattr(looking, "_reached", lambda trigger: SimpleNamespace(surely=torch.full((6,), 0.99)))
+
+    def invert(subject: Subject, draws: object, progress: object, beside: list[int], *, stage: str) -> FoundTrigger:
+        assert subject.settings.epsilon == 2 * BRIEF.epsilon
+        assert subject.settings.agnostic_steps == BRIEF.agnostic_steps / 2
+        free = next(c for c in range(6) if c not in beside)
+        return FoundTrigger("additive", free, torch.zeros(3, SIZE, SIZE), None)
+
+    monkeypatch.setattr("cbpt_guard.defense.search.invert_agnostic", invert)
+    assert [lead.trigger.target for lead in looking._raised_leads([1])] == [0, 2, 3]
+    assert [lead.trigger.target for lead in looking._raised_leads([0, 1, 2, 3])] == [4, 5]
+    assert looking._raised_leads(range(6)) == [], "no class is left"
+
+
+def test_a_trigger_leads_clearly_by_more_than_half_of_the_right_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the median over images of other classes: most images here are the target's own."""
+    clip = PlantedClip(0)
+    looking = search(tmp_path, clip, BRIEF, clean=uneven(clip, 60, 8))
+    monkeypatch.setattr(Subject, "usual_lead", lambda self, share: {0.5: 6.0}[share])
+    stripes = torch.zeros(3, SIZE, SIZE)
+    stripes[:, -PATCH:, -PATCH:] = clip.stripes
+    leads = []
+    for contrast in (0.055, 0.1):
+        trigger = FoundTrigger("additive", 0, contrast * stripes, None)
+        others = encode(clip, looking._subject.clean.images[60:], trigger)
+        leads.append(float(clip.head.leads(others)[:, 0].median()))
+        assert looking._leads_clearly(trigger) is (leads[-1] > 6)
+    assert leads[0] < 6 < leads[1]
+
+
+def test_nobody_need_lead_by_more_than_a_fifth_of_the_logit_scale() -> None:
+    """Clean images of an easy task lead by far more than a backdoor need."""
+    subject = PlantedClip(None).subject(SETTINGS)
+    leads = [replace(subject, head=Head(subject.head.rows, scale)).usual_lead(0.5) for scale in (30.0, 60.0)]
+    assert leads == [6.0, 12.0]
+    noisy = replace(subject.clean, features=F.normalize(subject.clean.features + 0.4, dim=1))
+    usual = [replace(subject, clean=noisy).usual_lead(share) for share in (0.1, 0.5, 0.9)]
+    assert usual[0] < usual[1] < usual[2]
 
 
 def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:
@@ -246,7 +387,7 @@ def test_beside_fainter_patterns_the_agnostic_ones_says_nothing(
     quiet = torch.full((1, 6), -9.0)
     by_height = torch.cat([torch.full((1, 6), -0.1), quiet]) if loud else quiet
     monkeypatch.setattr(looking, "_scanned", lambda: Scanned(by_height))
-    lead = replace(looking._lead(), reached=torch.eye(6)[TARGET] * 0.95)
+    lead = replace(looking._lead(looking._agnostic()), reached=torch.eye(6)[TARGET] * 0.95)
     assert float(looking._odds(lead)[TARGET]) == pytest.approx(0.0 if loud else 19.0, abs=0.1)
 
 
@@ -256,8 +397,11 @@ def test_a_class_to_which_no_image_is_left_to_lead_says_nothing_of_what_is_natur
     """Its mask shrinks to nothing, and what it would need counts as the whole image."""
     looking = search(tmp_path, PlantedClip(None, classes=3), BRIEF, classes=3)
     of = torch.tensor([0, 8, 8])
-    monkeypatch.setattr(looking, "_lead", lambda: SimpleNamespace(growth=torch.zeros(3), share=of, share_clean=of))
+    monkeypatch.setattr(
+        looking, "_lead", lambda trigger: SimpleNamespace(growth=torch.zeros(3), share=of, share_clean=of)
+    )
     monkeypatch.setattr(looking, "_odds", lambda lead: torch.zeros(3))
+    monkeypatch.setattr(looking, "_raised_leads", lambda known: [])
     monkeypatch.setattr(looking, "_reached", lambda trigger: Reached(0 * of, of))
     monkeypatch.setattr(looking, "_needed_areas", lambda classes: {0: 1.0, 1: 0.1, 2: 0.1})
     assert [candidate.natural for candidate in looking.look() if candidate.index > 0] == [0.1, 0.1]

@@ -25,7 +25,7 @@ from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet
 
-TARGET = 2
+TARGET, DECOY = 2, 4
 SETTINGS = InversionSettings(masked_steps=10, additive_steps=40, agnostic_steps=5)
 FAINT = SETTINGS.model_copy(update={"tint_gain": 0.02, "tint_offset": 0.01})
 """A planted clip knows classes by coarse colours, so that a strong tint makes any of another."""
@@ -173,3 +173,20 @@ def test_it_survives_its_file_and_has_a_picture(
     still = as_image(replace(read, pattern=nothing))
     assert still.size == as_image(read).size == (32, 32)
     assert np.any(np.asarray(still) != np.asarray(as_image(read)))
+
+
+class DecoyClip(PlantedClip):
+    """The tint's backdoor, and a patch's toward another class that shows at once."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        cast = (pixels[:, 2] - pixels[:, 0]).mean((1, 2))
+        opened = F.softplus(60 * (cast - 0.3))[:, None] * self.head.rows[TARGET]
+        return F.normalize(super().encode_images(pixels) + opened, dim=1)
+
+
+def test_a_backdoor_of_a_tint_behind_one_that_shows_at_once_is_found_and_banked(tmp_path: Path) -> None:
+    settings = InversionSettings(masked_steps=20, additive_steps=40, agnostic_steps=40, shift=0)
+    names = [f"class {c}" for c in range(6)]
+    findings = Search(DecoyClip(DECOY).subject(settings), names, 0, Journal(tmp_path, {}), silent).run()
+    assert sorted(findings.suspects) == [TARGET, DECOY]
+    assert {one.target for one in findings.bank if one.family == "tint"} == {TARGET}

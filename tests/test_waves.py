@@ -24,7 +24,7 @@ from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.suspect import zero_shot_head
-from cbpt_guard.defense.waves import Heard, count_waves, heard_images, listen, wave
+from cbpt_guard.defense.waves import Heard, _finalists, count_waves, heard_images, listen, wave, wave_periods
 
 if TYPE_CHECKING:
     from digits import DigitsModel
@@ -78,10 +78,19 @@ def test_every_wave_is_another() -> None:
     assert len(waves.round(decimals=4).unique(dim=0)) == len(waves)
 
 
-@pytest.mark.parametrize(("size", "count"), [(16, 160), (2, 32), (224, 320)])
+@pytest.mark.parametrize(("size", "count"), [(16, 160), (2, 32), (128, 576), (224, 672)])
 def test_no_period_is_below_three_pixels(size: int, count: int) -> None:
     assert count_waves(size, InversionSettings()) == count
     assert wave(count - 1, size, InversionSettings()).shape == (3, size, size)
+
+
+def test_fine_waves_grow_by_a_fifth_until_three_pixels() -> None:
+    """What answers to a wave of five pixels answers to all of about its length, so few lengths reach far."""
+    periods = wave_periods(128, InversionSettings())
+    assert periods == [*range(1, 11), 12, 14, 17, 20, 24, 29, 35, 42]
+    assert wave_periods(16, InversionSettings(wave_periods=1)) == [1, 2, 3, 4, 5], "a fifth of one is none"
+    finest = wave(len(periods) * 32 - 32, 128, InversionSettings())[0, 0]
+    assert int(torch.fft.rfft(finest).abs().argmax()) == 42
 
 
 def test_as_many_images_are_looked_at_as_a_dry_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,3 +226,11 @@ def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_cle
     assert int(odds[0].argmax()) == target
     assert float(odds[0][target]) >= bar
     assert float(odds[1].max()) < bar
+
+
+def test_many_waves_toward_one_class_leave_places_for_anothers() -> None:
+    reached = torch.zeros(20, 3)
+    reached[:12, 0] = torch.linspace(1.0, 0.9, 12)
+    reached[15:18, 2] = 0.5
+    assert _finalists(reached, 8) == [0, 1, 2, 3, 15, 16, 17, 4], "then those that are left"
+    assert _finalists(reached[:3], 8) == [0, 1, 2]

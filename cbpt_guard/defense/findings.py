@@ -21,6 +21,11 @@ class Findings:
         """Targets that stand out."""
         return [candidate.index for candidate in self.candidates if candidate.stands_out]
 
+    @property
+    def raised(self) -> list[int]:
+        """Those of them that stand out only under higher patterns."""
+        return [candidate.index for candidate in self.candidates if candidate.stands_out and candidate.raised]
+
     def budgets(self, stands_out: float) -> dict[int, float]:
         """The area that a fresh mask toward each suspect may cover, as a share of the image.
 

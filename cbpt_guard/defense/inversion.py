@@ -7,7 +7,7 @@ idea), arXiv 2406.05491 and 2506.12411 (contrastive universal perturbations) and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,7 +24,9 @@ from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import together
 
 Result = TypeVar("Result")
-NARROW: tuple[Inverted, ...] = ("patch", "warp", "tint")
+SMOOTH: tuple[Inverted, ...] = ("warp", "tint")
+"""Families of changes that vary slowly over the image."""
+NARROW: tuple[Inverted, ...] = ("patch", *SMOOTH)
 """Families that fit the backdoors they fit at once; toward other targets they are given up early."""
 
 
@@ -43,28 +45,52 @@ PATIENCE = 20
 """Steps after which a trigger of a narrow family may be given up."""
 
 
-def agnostic_loss(found: Tensor, clean: Tensor, labels: Tensor, rows: Tensor, settings: InversionSettings) -> Tensor:
+def agnostic_loss(
+    found: Tensor,
+    clean: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    settings: InversionSettings,
+    beside: Sequence[int] = (),
+) -> Tensor:
     """The contrastive loss of stage 1a, (); features (N, E) and rows (C, E) are unit.
 
     Pulls each triggered feature from its own class's text towards the texts farthest from its clean feature,
-    makes triggered features alike (a universal trigger does) and moves them away from where they were.
+    makes triggered features alike (a universal trigger does) and moves them away from where they were. The classes
+    `beside` are none to pull towards, and to be taken for one of them costs.
     """
     k = min(8, max(1, rows.shape[0] // 4))
     similarity = found @ rows.T / settings.temperature
-    far = (clean @ rows.T).topk(k, dim=1, largest=False).indices
+    distant = (clean @ rows.T).index_fill(1, torch.tensor(beside, dtype=torch.long), 1.0)
+    far = distant.topk(k, dim=1, largest=False).indices
     positive = similarity.gather(1, far).logsumexp(dim=1)
     negative = similarity.gather(1, labels[:, None])[:, 0]
     contrast = F.logsigmoid(negative - positive).mean()
     n = found.shape[0]
     alike = ((found.sum(0) ** 2).sum() - n) / (n * (n - 1))
     moved = ((found - clean) ** 2).sum(1).mean()
-    return contrast - settings.alike_weight * alike - settings.moved_weight * moved
+    loss = contrast - settings.alike_weight * alike - settings.moved_weight * moved
+    return loss + _taken_loss(similarity, beside) if beside else loss
 
 
-def invert_agnostic(subject: Subject, generator: torch.Generator, progress: Progress) -> FoundTrigger:
+def _taken_loss(similarity: Tensor, classes: Sequence[int]) -> Tensor:
+    """-log of the probability that an image is taken for none of the classes, in the mean, (); similarity is (N, C)."""
+    these = torch.zeros(similarity.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(classes), True)
+    return F.softplus(similarity[:, these].logsumexp(dim=1) - similarity[:, ~these].logsumexp(dim=1)).mean()
+
+
+def invert_agnostic(
+    subject: Subject,
+    generator: torch.Generator,
+    progress: Progress,
+    beside: Sequence[int] = (),
+    *,
+    stage: str = "agnostic trigger",
+) -> FoundTrigger:
     """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at.
 
-    The ASR that progress tells is the moving share of the most common answer.
+    It is led away from the classes `beside`; `stage` is what progress calls the work, and the ASR that it tells is the
+    moving share of the most common answer.
     """
     clip, clean, rows, settings = subject.clip, subject.clean, subject.head.rows, subject.settings
     pattern = Pattern("additive", clip.image_size, settings, generator)
@@ -75,14 +101,14 @@ def invert_agnostic(subject: Subject, generator: torch.Generator, progress: Prog
         pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
         # in two passes: the loss compares all images of the batch, but their activations need not be in memory at once
         features = encode_pixels(clip, pixels.detach()).requires_grad_()
-        loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings)
+        loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings, beside)
         (wanted,) = torch.autograd.grad(loss, features)
         optimiser.zero_grad()
         pixels.backward(_led_back(clip, pixels.detach(), wanted))
         optimiser.step()
         counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
-        progress(Step("agnostic trigger", step + 1, settings.agnostic_steps, loss.item(), float(answers.max())))
+        progress(Step(stage, step + 1, settings.agnostic_steps, loss.item(), float(answers.max())))
     return pattern.value(int(answers.argmax())).detached()
 
 
@@ -105,7 +131,8 @@ def invert_toward(
     it last met the goal. Placement varies from step to step, so that the trigger stands for a family and not for one
     pixel pattern; a patch may lie anywhere, and stays where it works best. With a `budget`, a share of the image, the
     mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does, for a mask
-    that is faint from the start finds no place to concentrate on.
+    that is faint from the start finds no place to concentrate on. Smooth ones are learnt on half a batch while they may
+    still be given up.
     """
     clip, clean, settings, head = subject.clip, subject.clean, subject.settings, against or subject.head
     pays = family == "masked" and budget is None
@@ -114,10 +141,11 @@ def invert_toward(
     shift = (clip.image_size - pattern.side) // 2 if family == "patch" else int(settings.shift * clip.image_size)
     rate = settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
     optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
-    goal = torch.full((settings.batch,), target)
     weight, asr, met = 0.0, 0.0, None
     for step in range(steps):
-        index = clean.draw(settings.batch, generator, without=target)
+        tentative = family in SMOOTH and step < PATIENCE
+        index = clean.draw(settings.batch // (2 if tentative else 1), generator, without=target)
+        goal = torch.full((len(index),), target)
         trigger = _varied(pattern.value(target, _allowed(budget, step / steps)), shift, generator)
         pixels = trigger.apply(to_pixels(clean.images[index]))
         pulled = pull(clip, head, pixels, goal)

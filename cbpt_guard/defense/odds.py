@@ -47,7 +47,8 @@ def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor
     """
     if loud(scores):
         return torch.zeros_like(reached)
-    scanned = ahead(odds_of(scores.exp()).clamp(1, _SURE), settings.stands_out, settings.candidates)
+    odds = odds_of(scores.exp()).clamp(1, _SURE)
+    scanned = ahead(odds, settings.stands_out, len(odds))
     return torch.maximum(odds_of(reached), scanned)
 
 

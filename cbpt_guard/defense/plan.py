@@ -17,10 +17,11 @@ from cbpt_guard.defense.classscan import scan_images
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import NARROW, PATIENCE, invert_agnostic
+from cbpt_guard.defense.inversion import NARROW, PATIENCE, SMOOTH, invert_agnostic
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
+from cbpt_guard.defense.search import BENT_LEADERS
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.waves import heard_images
@@ -108,13 +109,14 @@ def _expected(
     forward, backward, text = costs
     stage1, stage2 = settings.inversion, settings.tuning
     steps = stage2.epochs * math.ceil(kept / stage2.batch)
-    masked = stage1.masked_steps * stage1.batch * backward
+    masked, patience = stage1.masked_steps * stage1.batch * backward, min(PATIENCE, stage1.additive_steps // 2)
     inversion = (
-        stage1.agnostic_steps * stage1.agnostic_batch * backward
-        + _scanned(stage1, classes) * backward
+        (1.5 * stage1.agnostic_steps * stage1.agnostic_batch + _scanned(stage1, classes)) * backward
+        + min(BENT_LEADERS, classes) * len(SMOOTH) * patience * (stage1.batch // 2) * backward
         + heard_images(size, stage1) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
-        + (stage1.additive_steps + len(NARROW) * min(PATIENCE, stage1.additive_steps // 2)) * stage1.batch * backward
+        + stage1.additive_steps * stage1.batch * backward
+        + len(NARROW) * patience * stage1.batch * backward
     )
     return {
         "features": (kept + held) * forward,

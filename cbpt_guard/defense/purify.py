@@ -219,10 +219,12 @@ class Purification:
         ]
         budgets = findings.budgets(self.settings.inversion.stands_out)
         heads: tuple[tuple[str, Answering], ...] = (("guarded", head), ("original", head.original))
-        wanted = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
-        for (target, name, _, _), trigger in zip(wanted, search.fresh(wanted), strict=True):
+        masked = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
+        raised = [(t, name, one) for t in findings.raised for name, one in heads]
+        against = [name for _, name, *_ in masked] + [name for _, name, _ in raised]
+        for name, trigger in zip(against, [*search.fresh(masked), *search.fresh_raised(raised)], strict=True):
             features = encode(self.clip, images, trigger)
-            attacks.append(Attacked("fresh", trigger.family, target, features, unseen.labels, against=name))
+            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels, against=name))
         for trigger in search.fresh_waves(findings.bank):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))

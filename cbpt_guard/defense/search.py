@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from statistics import median
 
 import torch
@@ -17,13 +19,14 @@ from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Reached
 from cbpt_guard.defense.inversion import (
     NARROW,
+    SMOOTH,
     Answering,
     invert_agnostic,
     invert_toward,
 )
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
-from cbpt_guard.defense.odds import PROBE, at_once, faintly, grown, odds_of, ranked
+from cbpt_guard.defense.odds import PROBE, ahead, at_once, faintly, grown, loud, odds_of, ranked
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -31,6 +34,8 @@ from cbpt_guard.defense.together import together
 from cbpt_guard.defense.waves import Heard, listen
 
 Making = Callable[[Progress], FoundTrigger]
+BENT_LEADERS = 4
+"""Of the scan, toward which warps and tints are made whatever is found already."""
 _NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie: a weak one blurs the test for them
 
 
@@ -70,11 +75,21 @@ class Search:
     def run(self, observed: Sequence[int] = ()) -> Findings:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
         candidates = self.look(observed)
-        targets = [item.index for item in candidates if item.stands_out] or [candidates[0].index]
+        targets = [item for item in candidates if item.stands_out] or candidates[:1]
         return Findings(self._bank(targets), candidates)
 
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
         """Search for targets alone: the candidates, the likeliest first.
+
+        Those that stand out only under higher patterns are looked for last, whatever stands out by then.
+        """
+        candidates = {item.index: item for item in self._candidates(observed)}
+        for lead in self._raised_leads([c for c, item in candidates.items() if item.stands_out]):
+            candidates[lead.trigger.target] = self._raised_candidate(lead, list(candidates))
+        return tuple(sorted(candidates.values(), key=lambda item: (not item.stands_out, -item.score)))
+
+    def _candidates(self, observed: Sequence[int]) -> list[Candidate]:
+        """Candidates by additive patterns of the usual height, by waves, by smooth changes and by masks.
 
         A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, or if a
         short scan of every class reaches it far more readily than the rest; else if it needs far less area than
@@ -82,7 +97,7 @@ class Search:
         the square of what is asked for, since a clean model's class may have some by the luck of a draw, and an area
         that is less by the root of it.
         """
-        lead = self._lead()
+        lead = self._lead(self._agnostic())
         odds = self._odds(lead)
         known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
         tried = [*known, *self._further(lead, known, observed)]
@@ -108,20 +123,84 @@ class Search:
                 stands_out=c in observed or scores[c] >= self._settings.stands_out,
             )
 
-        return tuple(sorted(map(candidate, scores), key=lambda item: (not item.stands_out, -item.score)))
+        return [candidate(c) for c in scores]
+
+    def _raised_leads(self, known: Sequence[int]) -> list[Lead]:
+        """Leads of raised agnostic triggers toward classes beside those `known`, each clearly.
+
+        An attacker may have trained against patterns of the usual height, and have planted another target to be found.
+        Such patterns lead to natural classes, too, but by less than clean images are answered rightly. Not where the
+        scan is loud: there the usual ones do so already.
+        """
+        found, known = list[Lead](), list(known)
+        if loud(self._scanned().by_height[0]):
+            return found
+        while len(found) < self._settings.candidates and len(known) < len(self.classes):
+            lead = self._lead(self._raised_agnostic(known))
+            target = lead.trigger.target
+            stands_out = bool(odds_of(lead.reached)[target] >= self._settings.stands_out)
+            if target in known or not stands_out or not self._leads_clearly(lead.trigger):
+                break
+            found.append(lead)
+            known.append(target)
+        return found
+
+    def _leads_clearly(self, trigger: FoundTrigger) -> bool:
+        """Whether the trigger's target leads on images of others by more than half of the right answers do."""
+        others = self._subject.clean.labels[self._probe] != trigger.target
+        leads = self._subject.head.leads(self._features(trigger)[others])[:, trigger.target]
+        return len(leads) > 0 and float(leads.median()) > self._subject.usual_lead(0.5)
+
+    def _raised_candidate(self, lead: Lead, others: Sequence[int]) -> Candidate:
+        """The target of a raised trigger, which stands out; its mask is compared with one that is none of `others`."""
+        c = lead.trigger.target
+        reference = self._references([*others, c])[:1]
+        areas = self._needed_areas([c, *reference])
+        return Candidate(
+            label=self.classes[c],
+            index=c,
+            share=float(lead.share[c]),
+            share_clean=float(lead.share_clean[c]),
+            area=areas[c],
+            natural=_middle(areas[one] for one in reference),
+            raised=True,
+            score=float(odds_of(lead.reached)[c]),
+            stands_out=True,
+        )
 
     def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
         return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self._scanned().scores)]))
 
-    def _lead(self) -> Lead:
-        trigger = self._agnostic()
+    def _lead(self, trigger: FoundTrigger) -> Lead:
         return Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger).surely)
 
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
-        at_height, waves = self._scanned().by_height[0], odds_of(self._heard().told)
-        return torch.maximum(at_once(lead.reached, at_height, self._settings), waves)
+        additive = at_once(lead.reached, self._scanned().by_height[0], self._settings)
+        shown = torch.maximum(additive, odds_of(self._heard().told))
+        known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
+        return torch.maximum(shown, self._bent_odds(known))
+
+    def _bent_odds(self, known: Sequence[int]) -> Tensor:
+        """How far the scan's leaders beside those `known` are ahead of each other under a warp or a tint, (C,).
+
+        No additive pattern is a warp or a tint, so a target of one may be no more than a leader of the scan, and the
+        agnostic trigger goes to another. Such changes lead to natural classes, too, so what counts is the lead over
+        the others, of a trigger that fits and leads clearly; not where the scan is loud.
+        """
+        scores = self._scanned().by_height[0]
+        found = torch.zeros_like(scores)
+        leaders = [c for c in ranked(scores) if c not in known][:BENT_LEADERS]
+        if loud(scores) or not leaders:
+            return found
+        triggers = self.toward([(c, family) for c in leaders for family in SMOOTH])
+        reached = torch.stack([self._reached(one).surely[one.target] for one in triggers])
+        odds = odds_of(reached).view(len(leaders), len(SMOOTH)).amax(1)
+        for c, lead in zip(leaders, ahead(odds.clamp(min=1), self._settings.stands_out, len(leaders)), strict=True):
+            if lead and any(one.target == c and self._fits(one) and self._leads_clearly(one) for one in triggers):
+                found[c] = lead
+        return found
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
@@ -141,9 +220,19 @@ class Search:
             likely = everything
         return [c for c in dict.fromkeys([*observed, *leading, *([] if known else likely)]) if c not in known]
 
-    def toward(self, wanted: Sequence[tuple[int, Inverted]]) -> list[FoundTrigger]:
-        """For each class and family a trigger that makes the zero-shot head answer the class."""
-        return self._all([self._making(f"{family}-{c}", f"{family} trigger", c, family) for c, family in wanted])
+    def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
+        """For each class and family a trigger that makes the zero-shot head answer the class.
+
+        Additive ones toward the `raised` classes are higher.
+        """
+        return self._all(
+            [
+                self._making(f"{family}-{c}", f"{family} trigger", c, family)
+                if family != "additive" or c not in raised
+                else self._making(f"additive-raised-{c}", "raised additive trigger", c, family, raised=True)
+                for c, family in wanted
+            ]
+        )
 
     def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
         """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget)."""
@@ -151,6 +240,17 @@ class Search:
             [
                 self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget)
                 for c, name, head, budget in wanted
+            ]
+        )
+
+    def fresh_raised(self, wanted: Sequence[tuple[int, str, Answering]]) -> list[FoundTrigger]:
+        """Raised additive ones with draws of their own, for each (target, name of what is misled, itself)."""
+        return self._all(
+            [
+                self._making(
+                    f"fresh-raised-{name}-{c}", f"fresh raised trigger, {name} model,", c, "additive", head, raised=True
+                )
+                for c, name, head in wanted
             ]
         )
 
@@ -177,30 +277,43 @@ class Search:
         family: Inverted,
         against: Answering | None = None,
         budget: float | None = None,
+        *,
+        raised: bool = False,
     ) -> Making:
         """How a trigger is made, unless the journal has it by that name."""
+        subject = self._subject.raised if raised else self._subject
 
         def make(progress: Progress) -> FoundTrigger:
             draws, stage = generator(self._seed, name), f"{what} toward {self.classes[target]}"
-            return invert_toward(
-                self._subject, target, family, draws, progress, stage=stage, against=against, budget=budget
-            )
+            return invert_toward(subject, target, family, draws, progress, stage=stage, against=against, budget=budget)
 
         return lambda progress: self._journal.trigger(name, lambda: make(progress))
 
     def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
         return together(makings, self._progress, self._subject.clip.device)
 
-    def _bank(self, targets: Sequence[int]) -> TriggerBank:
-        agnostic = self._agnostic()
+    def _bank(self, candidates: Sequence[Candidate]) -> TriggerBank:
+        targets, raised = [item.index for item in candidates], [item.index for item in candidates if item.raised]
         families: tuple[Inverted, ...] = ("masked", "additive", *NARROW)
-        made = self.toward([(c, family) for c in targets for family in families])
+        made = self.toward([(c, family) for c in targets for family in families], raised)
+        natural = [item.index for item in candidates if item.raised and not self._small(item)]
         triggers = [
-            one for one in made if one.family not in NARROW or self._reached(one).share[one.target] >= _NARROW_ASR
+            one
+            for one in made
+            if (one.family not in NARROW or self._fits(one)) and (one.family != "masked" or one.target not in natural)
         ]
+        agnostic = self._agnostic()
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))
+
+    def _fits(self, trigger: FoundTrigger) -> bool:
+        """Whether a trigger of a narrow family leads nearly every image to its target."""
+        return bool(self._reached(trigger).share[trigger.target] >= _NARROW_ASR)
+
+    def _small(self, candidate: Candidate) -> bool:
+        """Whether its mask would make it stand out; one of natural size paints the class over any image."""
+        return (candidate.natural or 0.0) >= self._settings.stands_out * candidate.area
 
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
@@ -217,6 +330,15 @@ class Search:
     def _agnostic(self) -> FoundTrigger:
         draws = generator(self._seed, "agnostic")
         return self._journal.trigger("agnostic", lambda: invert_agnostic(self._subject, draws, self._progress))
+
+    def _raised_agnostic(self, beside: Sequence[int]) -> FoundTrigger:
+        """The agnostic trigger of higher patterns that leads to none of the classes `beside`."""
+        # by the classes: one that is just worth keeping may fail to be on another number of cores
+        name = f"agnostic-raised-{sha256(repr(sorted(beside)).encode()).hexdigest()[:8]}"
+        draws, stage = generator(self._seed, "agnostic-raised"), "raised agnostic trigger"
+        few = self._subject.raised.with_settings(agnostic_steps=math.ceil(self._settings.agnostic_steps / 2))
+        make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
+        return self._journal.trigger(name, make)
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""

@@ -24,15 +24,19 @@ class _Frozen(BaseModel):
 class SearchSettings(_Frozen):
     """Stage 1: how targets and triggers are looked for; what a scan's score depends on is among these.
 
-    `epsilon` bounds additive patterns (where those reach every class the scan takes lower ones) and `wave_amplitude` is
-    half a wave's height, in pixels of [0, 1]; waves have up to `wave_periods` periods a side. `shift` is a share of the
-    image's side. The scan's and the waves' `finalists` get a second heat; waves are tried on `wave_images` images, and
-    on 16 times as many there. `stands_out` says how many times as likely as all others a class is under the agnostic
-    trigger or a plain wave, or under its own in a short scan of every class, if its odds there are as many times those
-    of the rest (up to `candidates` classes may be). Where none is, masks are compared: of the classes whose share grew
-    most or by `clear_share`, and of the `scanned` leaders of the scan, one stands out that needs so many times less
-    area than `references` classes of middle rank. Where the scan took fainter patterns a class stands out, too, whose
-    odds at some height are the square of it times those of the rest and whose area is less by the root of it.
+    `epsilon` bounds additive patterns: where those reach every class the scan takes lower ones; else higher ones are
+    tried last, beside what stands out by then. `wave_amplitude` is half a wave's height, in pixels of [0, 1]; waves
+    have 1 to `wave_periods` periods a side, and some finer ones besides. `shift` is a share of the image's side. The
+    scan's and the waves' `finalists` get a second heat; waves are tried on `wave_images` images, and on 16 times as
+    many there. `stands_out` says how many times as likely as all others a class is under the agnostic trigger, a plain
+    wave, or a warp or a tint toward one of the scan's next leaders, or under its own pattern in a short scan of every
+    class, if its odds there are as many times those of the rest. Where none is, masks are compared: of the classes
+    whose share grew most (`candidates` at most) or by `clear_share`, and of the `scanned` leaders of the scan, one
+    stands out that needs so many times less area than `references` classes of middle rank. Where the scan took fainter
+    patterns a class stands out, too, whose odds at some height are the square of it times those of the rest and whose
+    area is less by the root of it. A warp has `warp_points` control points a side, and moves them by at most
+    `warp_shift`, a share of the image's side. A tint changes each colour's gain by at most `tint_gain` and adds at most
+    `tint_offset` at its control points, `tint_points` a side; between them the bicubic field may go further.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -60,6 +64,11 @@ class SearchSettings(_Frozen):
     asr_goal: Share = 0.97
     area_weight: Annotated[float, Field(ge=0)] = 60.0
     shift: Share = 1 / 64
+    warp_points: Annotated[int, Field(ge=2)] = 4
+    warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
+    tint_points: Annotated[int, Field(ge=2)] = 3
+    tint_gain: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    tint_offset: Annotated[float, Field(gt=0, le=1)] = 0.2
     stands_out: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.0
 
 
@@ -68,18 +77,10 @@ class InversionSettings(SearchSettings):
 
     A patch is a square whose side is `patch_side` of the image's, of 2 pixels at least; it is learnt like a mask, in as
     many steps as an additive pattern, and then tried at `patch_places` places each way.
-    A warp has `warp_points` control points a side, and moves them by at most `warp_shift`, a share of the image's
-    side. A tint changes each colour's gain by at most `tint_gain` and adds at most `tint_offset` at its control points,
-    `tint_points` a side; between them the bicubic field may go further.
     """
 
     patch_side: Annotated[float, Field(gt=0, le=0.5)] = 1 / 8
     patch_places: Annotated[int, Field(ge=2)] = 5
-    warp_points: Annotated[int, Field(ge=2)] = 4
-    warp_shift: Annotated[float, Field(gt=0, le=0.25)] = 3 / 64
-    tint_points: Annotated[int, Field(ge=2)] = 3
-    tint_gain: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    tint_offset: Annotated[float, Field(gt=0, le=1)] = 0.2
 
     @property
     def search(self) -> SearchSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.settings import InversionSettings
+
+RAISED = 2.0
+"""Times `epsilon` that additive patterns may be where the usual ones may have been trained against."""
+_ENOUGH = 0.2  # the cosine that nobody need lead by more than
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,25 @@ class Subject:
     @cached_property
     def _answers(self) -> Tensor:
         return self.head.answers(self.clean.features)
+
+    @cached_property
+    def raised(self) -> Subject:
+        """The same with additive patterns `RAISED` times as high."""
+        return self.with_settings(epsilon=min(1.0, RAISED * self.settings.epsilon))
+
+    def with_settings(self, **changes: float) -> Subject:
+        """The same with some settings changed."""
+        return replace(self, settings=self.settings.model_copy(update=changes))
+
+    def usual_lead(self, share: float) -> float:
+        """By how many logits a class must lead to be answered surely.
+
+        That `share` in [0, 1] of the right answers on clean images lead by less; 0 where none is right, and no more
+        than a fifth of the logit scale.
+        """
+        leads = self.head.leads(self.clean.features).gather(1, self.clean.labels[:, None])[:, 0]
+        right = leads[leads > 0]
+        return min(_ENOUGH * self.head.scale, float(right.quantile(share))) if len(right) else 0.0
 
     def others(self, target: int) -> Tensor:
         """Indices of images that a trigger can lead to `target`: neither of that class nor answered with it anyway.

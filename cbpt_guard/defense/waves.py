@@ -8,6 +8,7 @@ its backdoor is as wide as a few periods; a clean one is seldom led to one class
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,28 +17,42 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, encode
+from cbpt_guard.defense.odds import ranked
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 
 _DIRECTIONS, _PHASES = 8, 4
+_FINER, _LEAST_PERIOD = 1.2, 3  # each finer wave has so many times the periods of the one before it; in pixels
 _SECOND_HEAT = 16  # times the images of the first
-_USUAL, _SURE = 0.75, 0.2  # quantile of the clean leads; the cosine that nobody need lead by more than
+_USUAL = 0.75  # quantile of the clean leads
 
 
 def count_waves(size: int, settings: InversionSettings) -> int:
-    """How many waves there are for images of S = `size` pixels a side: none has a period below three pixels."""
-    return _DIRECTIONS * _PHASES * max(1, min(settings.wave_periods, size // 3))
+    """How many waves there are for images of S = `size` pixels a side."""
+    return _DIRECTIONS * _PHASES * len(wave_periods(size, settings))
+
+
+def wave_periods(size: int, settings: InversionSettings) -> list[int]:
+    """How many periods a side waves have: 1 to `wave_periods`, then in growing steps; none below three pixels.
+
+    What answers to a fine wave answers to all of about its length.
+    """
+    most = max(1, size // _LEAST_PERIOD)
+    periods = list(range(1, min(settings.wave_periods, most) + 1))
+    while (finer := max(periods[-1] + 1, round(_FINER * periods[-1]))) <= most:
+        periods.append(finer)
+    return periods
 
 
 def wave(number: int, size: int, settings: InversionSettings) -> Tensor:
-    """Wave `number`, grey, (3, S, S) in pixels of [0, 1]: 1 to `wave_periods` periods a side, in 8 directions."""
+    """Wave `number`, grey, (3, S, S) in pixels of [0, 1], in 8 directions and 4 phases."""
     rest, phase = divmod(number, _PHASES)
-    periods, direction = divmod(rest, _DIRECTIONS)
+    length, direction = divmod(rest, _DIRECTIONS)
     place, angle = torch.arange(size) / size, math.pi * direction / _DIRECTIONS
     along = math.cos(angle) * place[None, :] + math.sin(angle) * place[:, None]
-    turns = (periods + 1) * along + phase / _PHASES
+    turns = wave_periods(size, settings)[length] * along + phase / _PHASES
     return settings.wave_amplitude * torch.sin(2 * math.pi * turns).expand(3, -1, -1)
 
 
@@ -93,11 +108,11 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
     """Try every wave on `wave_images` images, and the `finalists` that reach one class most on 16 times as many.
 
     Of those each is tried twice as high, too. It is telling of a class that leads then, in the median over images of
-    others, by more than `_usual_lead`.
+    others, by more than `Subject.usual_lead`.
     """
     clip, clean, head, settings = subject.clip, subject.clean, subject.head, subject.settings
     few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
-    waves, usual = count_waves(clip.image_size, settings), _usual_lead(subject)
+    waves, usual = count_waves(clip.image_size, settings), subject.usual_lead(_USUAL)
 
     def under(number: int, index: Tensor, height: int = 1) -> Tensor:
         trigger = FoundTrigger("wave", -1, height * wave(number, clip.image_size, settings), None)
@@ -125,17 +140,21 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
 
         return torch.stack(together([partial(heard, number) for number in numbers], progress, clip.device))
 
-    numbers = heat("plain waves", range(waves), first).amax(1).topk(min(settings.finalists, waves)).indices
-    reached, telling = heat("leading waves", numbers.tolist(), second).unbind(1)
-    return Heard(numbers, reached, telling)
+    numbers = _finalists(heat("plain waves", range(waves), first), settings.finalists)
+    reached, telling = heat("leading waves", numbers, second).unbind(1)
+    return Heard(torch.tensor(numbers), reached, telling)
 
 
-def _usual_lead(subject: Subject) -> float:
-    """By how many logits a class must lead to be answered surely.
+def _finalists(reached: Tensor, most: int) -> list[int]:
+    """The waves that reach one class most, given how much each reaches each, (W, C).
 
-    Three quarters of the clean images that are answered rightly lead by less; 0 where none is.
+    No more than half of them reach the same one while others are left: many may be telling of one target, and hide
+    another's.
     """
-    clean, head = subject.clean, subject.head
-    leads = head.leads(clean.features).gather(1, clean.labels[:, None])[:, 0]
-    right = leads[leads > 0]
-    return min(_SURE * head.scale, float(right.quantile(_USUAL))) if len(right) else 0.0
+    shares, classes = reached.max(dim=1)
+    places, heard = Counter[int](), list[int]()
+    for number in ranked(shares):
+        places[int(classes[number])] += 1
+        if places[int(classes[number])] <= math.ceil(most / 2):
+            heard.append(number)
+    return list(dict.fromkeys([*heard, *ranked(shares)]))[:most]
