@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,11 +112,9 @@ class Search:
 
         def candidate(c: int) -> Candidate:
             """What was measured of class `c`, and whether that makes it stand out."""
-            return Candidate(
-                label=self.classes[c],
-                index=c,
-                share=float(lead.share[c]),
-                share_clean=float(lead.share_clean[c]),
+            return self._candidate(
+                c,
+                lead,
                 area=areas[c],
                 natural=natural[c],
                 faint=float(faint[c]),
@@ -156,17 +155,20 @@ class Search:
         c = lead.trigger.target
         reference = self._references([*others, c])[:1]
         areas = self._needed_areas([c, *reference])
-        return Candidate(
-            label=self.classes[c],
-            index=c,
-            share=float(lead.share[c]),
-            share_clean=float(lead.share_clean[c]),
+        return self._candidate(
+            c,
+            lead,
             area=areas[c],
             natural=_middle(areas[one] for one in reference),
             raised=True,
             score=float(odds_of(lead.reached)[c]),
             stands_out=True,
         )
+
+    def _candidate(self, c: int, lead: Lead, **measured: Any) -> Candidate:
+        """Class `c` with its shares under the trigger of `lead`, and what else was measured of it."""
+        shares = {"share": float(lead.share[c]), "share_clean": float(lead.share_clean[c])}
+        return Candidate(label=self.classes[c], index=c, **shares, **measured)
 
     def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
