@@ -94,3 +94,14 @@ class PlantedClip:
     def subject(self, settings: InversionSettings, clean: CleanSet | None = None) -> Subject:
         """Itself under search, with the images of `clean()` unless others are given."""
         return Subject(self, clean or self.clean(), self.head, settings)
+
+
+def uneven(clip: PlantedClip, many: int, few: int) -> CleanSet:
+    """`many` images of class 0, `few` of each other."""
+    large, small = clip.clean(each=many), clip.clean(each=few)
+    own, others = large.labels == 0, small.labels != 0
+    return CleanSet(
+        torch.cat([large.images[own], small.images[others]]),
+        torch.cat([large.features[own], small.features[others]]),
+        torch.cat([large.labels[own], small.labels[others]]),
+    )

@@ -24,7 +24,7 @@ from started import without_rights
 
 from cbpt_guard.cli import show
 from cbpt_guard.defense import purify as purifying
-from cbpt_guard.defense import search, suspect
+from cbpt_guard.defense import suspect, workshop
 from cbpt_guard.defense.architecture import resolve_model
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
@@ -225,9 +225,9 @@ def test_a_new_class_list_needs_no_new_inversion(
 ) -> None:
     made = []
     for name in ("invert_toward", "invert_agnostic", "scan_targets"):
-        real = getattr(search, name)
+        real = getattr(workshop, name)
         monkeypatch.setattr(
-            search,
+            workshop,
             name,
             lambda *given, _real=real, _name=name, **how: (made.append((_name, how)), _real(*given, **how))[1],
         )
@@ -541,7 +541,7 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     monkeypatch.setattr(purifying, "fit_test", fitting)
     monkeypatch.setattr(purifying, "guard", guarding)
     monkeypatch.setattr(purifying, "measure", measuring)
-    monkeypatch.setattr(search.Search, "fresh_waves", lambda *_: [heard])
+    monkeypatch.setattr(workshop.Workshop, "fresh_waves", lambda *_: [heard])
     assert purify("--reuse", guarded[0], "--triggered", attacked).exit_code in (0, 1)
     features = encode(digits_suspect.clip, load_triggered(attacked, digits_suspect.clip.preprocess).images)
     assert torch.allclose(seen["fitted"][target], features[::2], atol=1e-5)
@@ -680,7 +680,7 @@ def test_a_full_disk_costs_nothing_that_was_found(
     assert list((folder / "purified").iterdir()) == []
     assert_refused(cli("export", "--run", ".purified.partial"), "no finished run")
     assert_refused(purify("--reuse", guarded[0], "--force", "--resume", "--seed", 1), "begun with another", "seed")
-    monkeypatch.setattr(search, "invert_toward", None)
+    monkeypatch.setattr(workshop, "invert_toward", None)
     assert purify("--reuse", guarded[0], "--force", "--resume").exit_code == 0
     assert {item.name for item in Path("purified").iterdir()} == FILES
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import PATCH, SIZE, PlantedClip
+from planted import SIZE, PlantedClip, uneven
 
 from cbpt_guard.defense import job
 from cbpt_guard.defense.calibration import SEARCH
@@ -48,17 +48,6 @@ def search(
     folder.mkdir(exist_ok=True)
     names = [f"class {c}" for c in range(classes)]
     return Search(clip.subject(settings, clean), names, seed, Journal(folder, {}), steps.append)
-
-
-def uneven(clip: PlantedClip, many: int, few: int) -> CleanSet:
-    """`many` images of class 0, `few` of each other."""
-    large, small = clip.clean(each=many), clip.clean(each=few)
-    own, others = large.labels == 0, small.labels != 0
-    return CleanSet(
-        torch.cat([large.images[own], small.images[others]]),
-        torch.cat([large.features[own], small.features[others]]),
-        torch.cat([large.labels[own], small.labels[others]]),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +102,6 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
     assert scores == pytest.approx([1.2109, 0.9782, 0.9755], rel=0.01)
-
-
-@pytest.mark.parametrize(("reached", "area"), [(1.0, 0.25), (0.5, 0.5), (0.1, 1.0), (0.0, 1.0)])
-def test_a_mask_that_works_half_the_time_needs_twice_its_area(
-    reached: float, area: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looking = search(tmp_path, PlantedClip(None))
-    led = Reached(torch.full((6,), int(10 * reached)), torch.full((6,), 10))
-    monkeypatch.setattr(looking, "_reached", lambda trigger: led)
-    mask = FoundTrigger("masked", 1, torch.zeros(3, SIZE, SIZE), torch.full((1, SIZE, SIZE), 0.25))
-    assert looking._needed_area(mask) == pytest.approx(area)
 
 
 def test_an_interrupted_search_ends_at_the_same_findings(tmp_path: Path, found: Findings) -> None:
@@ -207,21 +185,23 @@ def test_the_scans_leaders_are_bent_and_held_against_each_other(
     """Class 2 is known; the scan's next leaders are 3, 4, 1 and 5."""
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     scores = torch.tensor([-9.0, -4.0, -0.1, -2.0, -3.0, -5.0])
-    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(scores[None]))
+    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(scores[None]))
     shares = {"tint": dict(zip((3, 4, 1, 5), tint, strict=True)), "warp": dict(zip((3, 4, 1, 5), warp, strict=True))}
     none = torch.zeros(2, SIZE, SIZE)
-    monkeypatch.setattr(looking, "toward", lambda wanted: [FoundTrigger(family, c, none, None) for c, family in wanted])
     monkeypatch.setattr(
-        looking,
-        "_reached",
+        looking.made, "toward", lambda wanted: [FoundTrigger(family, c, none, None) for c, family in wanted]
+    )
+    monkeypatch.setattr(
+        looking.probe,
+        "reached",
         lambda one: SimpleNamespace(surely=torch.eye(6)[one.target] * shares[one.family][one.target]),
     )
-    monkeypatch.setattr(looking, "_fits", lambda one: shares[one.family][one.target] >= 0.9)
-    monkeypatch.setattr(looking, "_leads_clearly", lambda one: clearly)
+    monkeypatch.setattr(looking.probe, "fits", lambda one: shares[one.family][one.target] >= 0.9)
+    monkeypatch.setattr(looking.probe, "leads_clearly", lambda one: clearly)
     found = looking._bent_odds([TARGET])
     assert {c: round(float(found[c])) for c in range(6) if found[c]} == {c: round(times) for c, times in ahead.items()}
     assert not looking._bent_odds(list(range(6))).any(), "nobody is left"
-    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
+    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
     assert not looking._bent_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
 
 
@@ -243,7 +223,7 @@ def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tm
     assert hidden.area > hidden.natural / SETTINGS.stands_out
     assert hidden.natural != hidden.area
     assert hidden.score > SETTINGS.stands_out
-    (fresh,) = search(tmp_path, clip).fresh_raised([(5, "original", clip.head)])
+    (fresh,) = search(tmp_path, clip).made.fresh_raised([(5, "original", clip.head)])
     assert SETTINGS.epsilon < float(fresh.pattern.abs().max()) <= RAISED * SETTINGS.epsilon
 
 
@@ -259,13 +239,13 @@ def test_what_higher_patterns_lead_to_must_be_answered_more_surely_than_clean_im
     monkeypatch.setattr(
         looking, "_candidates", lambda observed: search(tmp_path, PlantedClip(None), BRIEF)._candidates([])
     )
-    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -0.1 if loud else -9.0)))
+    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -0.1 if loud else -9.0)))
     trigger = FoundTrigger("additive", 4, torch.zeros(3, SIZE, SIZE), None)
     beside: list[list[int]] = []
-    monkeypatch.setattr(looking, "_raised_agnostic", lambda known: beside.append(list(known)) or trigger)
+    monkeypatch.setattr(looking.made, "raised_agnostic", lambda known: beside.append(list(known)) or trigger)
     lead, reached = looking._lead(trigger), torch.eye(6)[4] * share
     monkeypatch.setattr(looking, "_lead", lambda trigger: replace(lead, reached=reached))
-    monkeypatch.setattr(looking, "_leads_clearly", lambda trigger: surely)
+    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger: surely)
     candidates = looking.look()
     assert [item.index for item in candidates if item.stands_out] == suspects
     assert beside == ([] if loud else [[], [4]] if suspects else [[]]), "once more beside what was found"
@@ -275,9 +255,9 @@ def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_al
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking = search(tmp_path, PlantedClip(None), BRIEF)
-    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(torch.full((1, 6), -9.0)))
-    monkeypatch.setattr(looking, "_leads_clearly", lambda trigger: True)
-    monkeypatch.setattr(looking, "_reached", lambda trigger: SimpleNamespace(surely=torch.full((6,), 0.99)))
+    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -9.0)))
+    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger: True)
+    monkeypatch.setattr(looking.probe, "reached", lambda trigger: SimpleNamespace(surely=torch.full((6,), 0.99)))
 
     def invert(subject: Subject, draws: object, progress: object, beside: list[int], *, stage: str) -> FoundTrigger:
         assert subject.settings.epsilon == 2 * BRIEF.epsilon
@@ -285,38 +265,10 @@ def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_al
         free = next(c for c in range(6) if c not in beside)
         return FoundTrigger("additive", free, torch.zeros(3, SIZE, SIZE), None)
 
-    monkeypatch.setattr("cbpt_guard.defense.search.invert_agnostic", invert)
+    monkeypatch.setattr("cbpt_guard.defense.workshop.invert_agnostic", invert)
     assert [lead.trigger.target for lead in looking._raised_leads([1])] == [0, 2, 3]
     assert [lead.trigger.target for lead in looking._raised_leads([0, 1, 2, 3])] == [4, 5]
     assert looking._raised_leads(range(6)) == [], "no class is left"
-
-
-def test_a_trigger_leads_clearly_by_more_than_half_of_the_right_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the median over images of other classes: most images here are the target's own."""
-    clip = PlantedClip(0)
-    looking = search(tmp_path, clip, BRIEF, clean=uneven(clip, 60, 8))
-    monkeypatch.setattr(Subject, "usual_lead", lambda self, share: {0.5: 6.0}[share])
-    stripes = torch.zeros(3, SIZE, SIZE)
-    stripes[:, -PATCH:, -PATCH:] = clip.stripes
-    leads = []
-    for contrast in (0.055, 0.1):
-        trigger = FoundTrigger("additive", 0, contrast * stripes, None)
-        others = encode(clip, looking._subject.clean.images[60:], trigger)
-        leads.append(float(clip.head.leads(others)[:, 0].median()))
-        assert looking._leads_clearly(trigger) is (leads[-1] > 6)
-    assert leads[0] < 6 < leads[1]
-
-
-def test_nobody_need_lead_by_more_than_a_fifth_of_the_logit_scale() -> None:
-    """Clean images of an easy task lead by far more than a backdoor need."""
-    subject = PlantedClip(None).subject(SETTINGS)
-    leads = [replace(subject, head=Head(subject.head.rows, scale)).usual_lead(0.5) for scale in (30.0, 60.0)]
-    assert leads == [6.0, 12.0]
-    noisy = replace(subject.clean, features=F.normalize(subject.clean.features + 0.4, dim=1))
-    usual = [replace(subject, clean=noisy).usual_lead(share) for share in (0.1, 0.5, 0.9)]
-    assert usual[0] < usual[1] < usual[2]
 
 
 def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:
@@ -386,8 +338,8 @@ def test_beside_fainter_patterns_the_agnostic_ones_says_nothing(
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     quiet = torch.full((1, 6), -9.0)
     by_height = torch.cat([torch.full((1, 6), -0.1), quiet]) if loud else quiet
-    monkeypatch.setattr(looking, "_scanned", lambda: Scanned(by_height))
-    lead = replace(looking._lead(looking._agnostic()), reached=torch.eye(6)[TARGET] * 0.95)
+    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(by_height))
+    lead = replace(looking._lead(looking.made.agnostic()), reached=torch.eye(6)[TARGET] * 0.95)
     assert float(looking._odds(lead)[TARGET]) == pytest.approx(0.0 if loud else 19.0, abs=0.1)
 
 
@@ -402,7 +354,7 @@ def test_a_class_to_which_no_image_is_left_to_lead_says_nothing_of_what_is_natur
     )
     monkeypatch.setattr(looking, "_odds", lambda lead: torch.zeros(3))
     monkeypatch.setattr(looking, "_raised_leads", lambda known: [])
-    monkeypatch.setattr(looking, "_reached", lambda trigger: Reached(0 * of, of))
+    monkeypatch.setattr(looking.probe, "reached", lambda trigger: Reached(0 * of, of))
     monkeypatch.setattr(looking, "_needed_areas", lambda classes: {0: 1.0, 1: 0.1, 2: 0.1})
     assert [candidate.natural for candidate in looking.look() if candidate.index > 0] == [0.1, 0.1]
 
@@ -438,16 +390,6 @@ def test_a_class_with_most_of_the_images_does_not_stand_out_for_that(tmp_path: P
     assert everything.share[0] == 0, "and where there is no other image nothing is reached"
 
 
-def test_what_is_answered_with_a_class_anyway_is_not_led_there() -> None:
-    """Four answers: right, right after being wrong, led to class 0, and answered with it before and after."""
-    head, one = Head(torch.eye(3), 30.0), torch.eye(3)
-    labels = torch.tensor([1, 1, 2, 2])
-    reached = head.reached(one[[1, 1, 0, 0]], one[[1, 2, 2, 0]], labels)
-    assert (reached.led.tolist(), reached.of.tolist()) == ([1, 0, 0], [3, 2, 1])
-    assert reached.share.tolist() == pytest.approx([1 / 3, 0, 0])
-    assert reached.surely.tolist() == pytest.approx([1 / 4, 0, 0])
-
-
 def test_a_scan_draws_what_can_be_led_to_a_class() -> None:
     """Four of the five other classes are answered with class 0, which leaves the images of class 1."""
     clip = PlantedClip(None)
@@ -474,7 +416,9 @@ def test_nor_does_a_search_of_mostly_its_images_suspect_it(tmp_path: Path) -> No
     """The clean model's agnostic trigger leaves class 0 most of the answers: those of its own images."""
     clip = PlantedClip(None)
     looking = search(tmp_path, clip, clean=uneven(clip, 100, 3))
-    assert looking.shares(looking._agnostic())[0] > 0.8, "four images of five: enough to stand out, were they others'"
+    assert looking.probe.shares(looking.made.agnostic())[0] > 0.8, (
+        "four images of five: enough to stand out, were they others'"
+    )
     assert not any(candidate.stands_out for candidate in looking.look())
 
 
@@ -495,9 +439,8 @@ class EarlierRun:
 def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: Findings) -> None:
     clip = PlantedClip(TARGET)
     order = [5, 2, 0, 1]
-    renamed = search(tmp_path, clip)
-    renamed.classes = [f"new {c}" for c in order]
-    renamed._subject = replace(renamed._subject, head=Head(clip.head.rows[order], 30.0))
+    subject = replace(clip.subject(SETTINGS), head=Head(clip.head.rows[order], 30.0))
+    renamed = Search(subject, [f"new {c}" for c in order], 0, Journal(tmp_path, {}), steps.append)
     adopted = adopt(EarlierRun(found), renamed, [])
     assert adopted.suspects == [1]
     assert adopted.candidates[0].label == "new 2"

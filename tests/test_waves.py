@@ -197,10 +197,10 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
     assert found.suspects == ([] if target is None else [target])
     waves = [trigger for trigger in found.bank if trigger.family == "wave"]
     assert [trigger.target for trigger in waves] == ([] if target is None else [target, target])
-    fresh = search.fresh_waves(found.bank)
+    fresh = search.made.fresh_waves(found.bank)
     assert [trigger.target for trigger in fresh] == [trigger.target for trigger in waves]
     assert not any(torch.equal(new.pattern, old.pattern) for new in fresh for old in waves)
-    third = search.fresh_waves(TriggerBank((*found.bank, *fresh)))
+    third = search.made.fresh_waves(TriggerBank((*found.bank, *fresh)))
     assert len(third) == len(fresh)
     assert not any(torch.equal(new.pattern, old.pattern) for new in third for old in (*waves, *fresh))
 

@@ -33,6 +33,7 @@ from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.verdict import Attacked, judge, measure
+from cbpt_guard.defense.workshop import Workshop
 from cbpt_guard.errors import SetupError
 from cbpt_guard.files import partial_path, staged
 from cbpt_guard.metrics import exceeds
@@ -162,7 +163,7 @@ class Purification:
         keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)
         self._lap("stage 2: prompts")
 
-        attacks = self._attacks(search, findings, observed, head, unseen_set, self.data.images[unseen])
+        attacks = self._attacks(search.made, findings, observed, head, unseen_set, self.data.images[unseen])
         metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
         verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
@@ -205,7 +206,7 @@ class Purification:
 
     def _attacks(
         self,
-        search: Search,
+        made: Workshop,
         findings: Findings,
         observed: Observed,
         head: GuardedHead,
@@ -222,10 +223,10 @@ class Purification:
         masked = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
         raised = [(t, name, one) for t in findings.raised for name, one in heads]
         against = [name for _, name, *_ in masked] + [name for _, name, _ in raised]
-        for name, trigger in zip(against, [*search.fresh(masked), *search.fresh_raised(raised)], strict=True):
+        for name, trigger in zip(against, [*made.fresh(masked), *made.fresh_raised(raised)], strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels, against=name))
-        for trigger in search.fresh_waves(findings.bank):
+        for trigger in made.fresh_waves(findings.bank):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]

@@ -26,7 +26,7 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
         InputError: there are none.
     """
     bank = run.bank()
-    shares = [search.shares(trigger) for trigger in bank]
+    shares = [search.probe.shares(trigger) for trigger in bank]
     earlier = [trigger.target for trigger in bank]
     now = {
         target: int(torch.stack([own for own, c in zip(shares, earlier, strict=True) if c == target]).sum(0).argmax())
@@ -45,7 +45,7 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
                 "label": search.classes[target],
                 "index": target,
                 "share": best,
-                "share_clean": float(search.shares(None)[target]),
+                "share_clean": float(search.probe.shares(None)[target]),
                 "stands_out": True,
             }
         )

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.classscan import Scanned, scan_targets
-from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.findings import Findings
-from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
-from cbpt_guard.defense.head import Reached
-from cbpt_guard.defense.inversion import (
-    NARROW,
-    SMOOTH,
-    Answering,
-    invert_agnostic,
-    invert_toward,
-)
+from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
+from cbpt_guard.defense.inversion import NARROW, SMOOTH
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
-from cbpt_guard.defense.odds import PROBE, ahead, at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.odds import ahead, at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
-from cbpt_guard.defense.together import together
-from cbpt_guard.defense.waves import Heard, listen
+from cbpt_guard.defense.workshop import Workshop
 
-Making = Callable[[Progress], FoundTrigger]
 BENT_LEADERS = 4
 """Of the scan, toward which warps and tints are made whatever is found already."""
-_NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie: a weak one blurs the test for them
 
 
 @dataclass(frozen=True)
@@ -59,19 +45,21 @@ class Lead:
 
 
 class Search:
-    """One search through one suspect; every found trigger goes through the journal.
+    """One search through one suspect: `made` makes what is looked at, `probe` says what it does.
 
     Args:
         subject: the suspect and the images to tune on.
         classes: C class names.
+        seed: of all draws.
+        journal: where what was made is kept.
+        progress: called after every step.
     """
 
     def __init__(self, subject: Subject, classes: Sequence[str], seed: int, journal: Parts, progress: Progress) -> None:
-        self._subject, self._settings = subject, subject.settings
-        self.classes, self._seed = classes, seed
-        self._journal, self._progress = journal, progress
-        order = torch.randperm(len(subject.clean.labels), generator=generator(seed, "probe"))
-        self._probe = order[:PROBE]
+        self._settings, self._size = subject.settings, subject.clip.image_size
+        self.classes = classes
+        self.made = Workshop(subject, classes, seed, journal, progress)
+        self.probe = Probe(subject, seed)
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
@@ -98,14 +86,14 @@ class Search:
         the square of what is asked for, since a clean model's class may have some by the luck of a draw, and an area
         that is less by the root of it.
         """
-        lead = self._lead(self._agnostic())
+        lead = self._lead(self.made.agnostic())
         odds = self._odds(lead)
         known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
         tried = [*known, *self._further(lead, known, observed)]
         references = self._references(tried)[: 1 if tried == known else self._settings.references]
         areas = self._needed_areas([*tried, *references])
         usual = references or [c for c in tried if c not in known and c not in observed]
-        movable = self._reached(None).of > 0
+        movable = self.probe.reached(None).of > 0
         natural = {c: _middle(areas[one] for one in usual if one != c and movable[one]) for c in tried}
         smaller, faint = {c: (natural[c] or 0.0) / areas[c] for c in tried}, self._faintly()
         scores = {c: max(float(odds[c]), smaller[c], min(float(faint[c]), smaller[c] ** 2)) for c in tried}
@@ -132,23 +120,17 @@ class Search:
         scan is loud: there the usual ones do so already.
         """
         found, known = list[Lead](), list(known)
-        if loud(self._scanned().by_height[0]):
+        if loud(self.made.scanned().by_height[0]):
             return found
         while len(found) < self._settings.candidates and len(known) < len(self.classes):
-            lead = self._lead(self._raised_agnostic(known))
+            lead = self._lead(self.made.raised_agnostic(known))
             target = lead.trigger.target
             stands_out = bool(odds_of(lead.reached)[target] >= self._settings.stands_out)
-            if target in known or not stands_out or not self._leads_clearly(lead.trigger):
+            if target in known or not stands_out or not self.probe.leads_clearly(lead.trigger):
                 break
             found.append(lead)
             known.append(target)
         return found
-
-    def _leads_clearly(self, trigger: FoundTrigger) -> bool:
-        """Whether the trigger's target leads on images of others by more than half of the right answers do."""
-        others = self._subject.clean.labels[self._probe] != trigger.target
-        leads = self._subject.head.leads(self._features(trigger)[others])[:, trigger.target]
-        return len(leads) > 0 and float(leads.median()) > self._subject.usual_lead(0.5)
 
     def _raised_candidate(self, lead: Lead, others: Sequence[int]) -> Candidate:
         """The target of a raised trigger, which stands out; its mask is compared with one that is none of `others`."""
@@ -172,15 +154,15 @@ class Search:
 
     def ranking(self, candidates: Sequence[Candidate]) -> list[int]:
         """Every class: the candidates as they stand, then the others as the scan reaches them."""
-        return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self._scanned().scores)]))
+        return list(dict.fromkeys([*(item.index for item in candidates), *ranked(self.made.scanned().scores)]))
 
     def _lead(self, trigger: FoundTrigger) -> Lead:
-        return Lead(trigger, self.shares(trigger), self.shares(None), self._reached(trigger).surely)
+        return Lead(trigger, self.probe.shares(trigger), self.probe.shares(None), self.probe.reached(trigger).surely)
 
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
-        additive = at_once(lead.reached, self._scanned().by_height[0], self._settings)
-        shown = torch.maximum(additive, odds_of(self._heard().told))
+        additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
+        shown = torch.maximum(additive, odds_of(self.made.heard().told))
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
         return torch.maximum(shown, self._bent_odds(known))
 
@@ -191,22 +173,23 @@ class Search:
         agnostic trigger goes to another. Such changes lead to natural classes, too, so what counts is the lead over
         the others, of a trigger that fits and leads clearly; not where the scan is loud.
         """
-        scores = self._scanned().by_height[0]
+        scores = self.made.scanned().by_height[0]
         found = torch.zeros_like(scores)
         leaders = [c for c in ranked(scores) if c not in known][:BENT_LEADERS]
         if loud(scores) or not leaders:
             return found
-        triggers = self.toward([(c, family) for c in leaders for family in SMOOTH])
-        reached = torch.stack([self._reached(one).surely[one.target] for one in triggers])
+        triggers = self.made.toward([(c, family) for c in leaders for family in SMOOTH])
+        reached = torch.stack([self.probe.reached(one).surely[one.target] for one in triggers])
         odds = odds_of(reached).view(len(leaders), len(SMOOTH)).amax(1)
         for c, lead in zip(leaders, ahead(odds.clamp(min=1), self._settings.stands_out, len(leaders)), strict=True):
-            if lead and any(one.target == c and self._fits(one) and self._leads_clearly(one) for one in triggers):
+            own = [one for one in triggers if one.target == c]
+            if lead and any(self.probe.fits(one) and self.probe.leads_clearly(one) for one in own):
                 found[c] = lead
         return found
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
-        return faintly(self._scanned().by_height, self._settings)
+        return faintly(self.made.scanned().by_height, self._settings)
 
     def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
@@ -214,104 +197,25 @@ class Search:
         Those are `observed` targets, those that lead under fainter patterns and, where none is known, the likeliest by
         the lead, by the scan and by waves; then the others, too, if they are no more than the references.
         """
-        faint, everything = self._faintly(), ranked(self._scanned().scores)
+        faint, everything = self._faintly(), ranked(self.made.scanned().scores)
         leading = [c for c in ranked(faint) if faint[c] > 0]
         likely = [*grown(lead.growth, self._settings), *everything[: self._settings.scanned]]
-        likely += ranked(self._heard().best)[:1]
+        likely += ranked(self.made.heard().best)[:1]
         if len(set(everything).difference(observed, leading, likely)) <= self._settings.references:
             likely = everything
         return [c for c in dict.fromkeys([*observed, *leading, *([] if known else likely)]) if c not in known]
 
-    def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
-        """For each class and family a trigger that makes the zero-shot head answer the class.
-
-        Additive ones toward the `raised` classes are higher.
-        """
-        return self._all(
-            [
-                self._making(f"{family}-{c}", f"{family} trigger", c, family)
-                if family != "additive" or c not in raised
-                else self._making(f"additive-raised-{c}", "raised additive trigger", c, family, raised=True)
-                for c, family in wanted
-            ]
-        )
-
-    def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
-        """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget)."""
-        return self._all(
-            [
-                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget)
-                for c, name, head, budget in wanted
-            ]
-        )
-
-    def fresh_raised(self, wanted: Sequence[tuple[int, str, Answering]]) -> list[FoundTrigger]:
-        """Raised additive ones with draws of their own, for each (target, name of what is misled, itself)."""
-        return self._all(
-            [
-                self._making(
-                    f"fresh-raised-{name}-{c}", f"fresh raised trigger, {name} model,", c, "additive", head, raised=True
-                )
-                for c, name, head in wanted
-            ]
-        )
-
-    def fresh_waves(self, bank: TriggerBank) -> list[FoundTrigger]:
-        """Toward each target that the bank has waves for, the next best wave that is not among them."""
-        known = [one for one in bank if one.family == "wave"]
-        if not known:
-            return []
-        return [wave for c in sorted({w.target for w in known}) for wave in self._next_waves(c, known)]
-
-    def _next_waves(self, target: int, known: Sequence[FoundTrigger]) -> list[FoundTrigger]:
-        heard, size = self._heard(), self._subject.clip.image_size
-        for rank in range(len(heard.numbers)):
-            waves = heard.triggers(target, size, self._settings, rank=rank)
-            if not any(torch.equal(wave.pattern, one.pattern) for wave in waves for one in known):
-                return waves
-        return []
-
-    def _making(
-        self,
-        name: str,
-        what: str,
-        target: int,
-        family: Inverted,
-        against: Answering | None = None,
-        budget: float | None = None,
-        *,
-        raised: bool = False,
-    ) -> Making:
-        """How a trigger is made, unless the journal has it by that name."""
-        subject = self._subject.raised if raised else self._subject
-
-        def make(progress: Progress) -> FoundTrigger:
-            draws, stage = generator(self._seed, name), f"{what} toward {self.classes[target]}"
-            return invert_toward(subject, target, family, draws, progress, stage=stage, against=against, budget=budget)
-
-        return lambda progress: self._journal.trigger(name, lambda: make(progress))
-
-    def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
-        return together(makings, self._progress, self._subject.clip.device)
-
     def _bank(self, candidates: Sequence[Candidate]) -> TriggerBank:
         targets, raised = [item.index for item in candidates], [item.index for item in candidates if item.raised]
         families: tuple[Inverted, ...] = ("masked", "additive", *NARROW)
-        made = self.toward([(c, family) for c in targets for family in families], raised)
+        made = self.made.toward([(c, family) for c in targets for family in families], raised)
         natural = [item.index for item in candidates if item.raised and not self._small(item)]
-        triggers = [
-            one
-            for one in made
-            if (one.family not in NARROW or self._fits(one)) and (one.family != "masked" or one.target not in natural)
-        ]
-        agnostic = self._agnostic()
+        fitting = [one for one in made if one.family not in NARROW or self.probe.fits(one)]
+        triggers = [one for one in fitting if one.family != "masked" or one.target not in natural]
+        agnostic = self.made.agnostic()
         if agnostic.target in targets:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))
-
-    def _fits(self, trigger: FoundTrigger) -> bool:
-        """Whether a trigger of a narrow family leads nearly every image to its target."""
-        return bool(self._reached(trigger).share[trigger.target] >= _NARROW_ASR)
 
     def _small(self, candidate: Candidate) -> bool:
         """Whether its mask would make it stand out; one of natural size paints the class over any image."""
@@ -319,64 +223,21 @@ class Search:
 
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
-        heard, settings = self._heard(), self._settings
+        heard, settings = self.made.heard(), self._settings
         odds = odds_of(heard.told)
         told = [c for c in targets if odds[c] >= settings.stands_out]
-        return [wave for c in told for wave in heard.triggers(c, self._subject.clip.image_size, settings)]
-
-    def _heard(self) -> Heard:
-        draws = generator(self._seed, "waves")
-        make = partial(listen, self._subject, draws, self._progress)
-        return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
-
-    def _agnostic(self) -> FoundTrigger:
-        draws = generator(self._seed, "agnostic")
-        return self._journal.trigger("agnostic", lambda: invert_agnostic(self._subject, draws, self._progress))
-
-    def _raised_agnostic(self, beside: Sequence[int]) -> FoundTrigger:
-        """The agnostic trigger of higher patterns that leads to none of the classes `beside`."""
-        # by the classes: one that is just worth keeping may fail to be on another number of cores
-        name = f"agnostic-raised-{sha256(repr(sorted(beside)).encode()).hexdigest()[:8]}"
-        draws, stage = generator(self._seed, "agnostic-raised"), "raised agnostic trigger"
-        few = self._subject.raised.with_settings(agnostic_steps=math.ceil(self._settings.agnostic_steps / 2))
-        make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
-        return self._journal.trigger(name, make)
+        return [wave for c in told for wave in heard.triggers(c, self._size, settings)]
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""
-        ranking = ranked(self._scanned().scores)
+        ranking = ranked(self.made.scanned().scores)
         others = [c for c in ranking if c not in candidates]
         middle = [c for c in ranking[len(ranking) // 2 :] if c in others] or others
         return middle[: self._settings.references]
 
-    def _scanned(self) -> Scanned:
-        draws = generator(self._seed, "scan")
-        make = partial(scan_targets, self._subject, draws, self._progress)
-        return Scanned(self._journal.tensor("scan", lambda: make().by_height))
-
-    def shares(self, trigger: FoundTrigger | None) -> Tensor:
-        """Share of each class among the zero-shot answers on the probe images, (C,)."""
-        features = self._features(trigger)
-        answers = self._subject.head.answers(features)
-        return answers.bincount(minlength=len(self.classes)) / len(answers)
-
-    def _reached(self, trigger: FoundTrigger | None) -> Reached:
-        """How many of the probe images a trigger leads to each class; without one, how many it could lead there."""
-        clean, probe = self._subject.clean, self._probe
-        return self._subject.head.reached(self._features(trigger), clean.features[probe], clean.labels[probe])
-
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
-        triggers = self.toward([(c, "masked") for c in dict.fromkeys(classes)])
-        return {trigger.target: self._needed_area(trigger) for trigger in triggers}
-
-    def _needed_area(self, trigger: FoundTrigger) -> float:
-        """The mask's area over the ASR that it reaches: what a full success would need."""
-        return min(1.0, trigger.area / max(float(self._reached(trigger).share[trigger.target]), 1e-3))
-
-    def _features(self, trigger: FoundTrigger | None) -> Tensor:
-        if trigger is None:
-            return self._subject.clean.features[self._probe]
-        return encode(self._subject.clip, self._subject.clean.images[self._probe], trigger)
+        triggers = self.made.toward([(c, "masked") for c in dict.fromkeys(classes)])
+        return {trigger.target: self.probe.needed_area(trigger) for trigger in triggers}
 
 
 def _middle(areas: Iterable[float]) -> float | None:

@@ -1,0 +1,133 @@
+"""Where a search's scans and triggers are made, each once and with draws of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from hashlib import sha256
+
+import torch
+
+from cbpt_guard.defense.classscan import Scanned, scan_targets
+from cbpt_guard.defense.draws import generator
+from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
+from cbpt_guard.defense.inversion import Answering, invert_agnostic, invert_toward
+from cbpt_guard.defense.journal import Parts
+from cbpt_guard.defense.progress import Progress
+from cbpt_guard.defense.subject import Subject
+from cbpt_guard.defense.together import together
+from cbpt_guard.defense.waves import Heard, listen
+
+Making = Callable[[Progress], FoundTrigger]
+
+
+class Workshop:
+    """The scans and triggers of one suspect: what the journal lacks is made, and every draw is by what it is for.
+
+    Args:
+        subject: the suspect and the images to look at.
+        classes: C class names.
+        seed: of all draws.
+        journal: where what was made is kept.
+        progress: called after every step.
+    """
+
+    def __init__(self, subject: Subject, classes: Sequence[str], seed: int, journal: Parts, progress: Progress) -> None:
+        self._subject, self._classes, self._seed = subject, classes, seed
+        self._journal, self._progress = journal, progress
+
+    def scanned(self) -> Scanned:
+        """How readily each class is reached."""
+        make = partial(scan_targets, self._subject, generator(self._seed, "scan"), self._progress)
+        return Scanned(self._journal.tensor("scan", lambda: make().by_height))
+
+    def heard(self) -> Heard:
+        """What plain waves lead to."""
+        make = partial(listen, self._subject, generator(self._seed, "waves"), self._progress)
+        return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
+
+    def agnostic(self) -> FoundTrigger:
+        """The trigger that leads away from what images are, wherever that is easiest."""
+        draws = generator(self._seed, "agnostic")
+        return self._journal.trigger("agnostic", lambda: invert_agnostic(self._subject, draws, self._progress))
+
+    def raised_agnostic(self, beside: Sequence[int]) -> FoundTrigger:
+        """The agnostic trigger of higher patterns that leads to none of the classes `beside`."""
+        # by the classes: one that is just worth keeping may fail to be on another number of cores
+        name = f"agnostic-raised-{sha256(repr(sorted(beside)).encode()).hexdigest()[:8]}"
+        draws, stage = generator(self._seed, "agnostic-raised"), "raised agnostic trigger"
+        steps = math.ceil(self._subject.settings.agnostic_steps / 2)
+        few = self._subject.raised.with_settings(agnostic_steps=steps)
+        make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
+        return self._journal.trigger(name, make)
+
+    def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
+        """For each class and family a trigger that makes the zero-shot head answer the class.
+
+        Additive ones toward the `raised` classes are higher.
+        """
+        return self._all(
+            [
+                self._making(f"{family}-{c}", f"{family} trigger", c, family)
+                if family != "additive" or c not in raised
+                else self._making(f"additive-raised-{c}", "raised additive trigger", c, family, raised=True)
+                for c, family in wanted
+            ]
+        )
+
+    def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
+        """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget)."""
+        return self._all(
+            [
+                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget)
+                for c, name, head, budget in wanted
+            ]
+        )
+
+    def fresh_raised(self, wanted: Sequence[tuple[int, str, Answering]]) -> list[FoundTrigger]:
+        """Raised additive ones with draws of their own, for each (target, name of what is misled, itself)."""
+        return self._all(
+            [
+                self._making(
+                    f"fresh-raised-{name}-{c}", f"fresh raised trigger, {name} model,", c, "additive", head, raised=True
+                )
+                for c, name, head in wanted
+            ]
+        )
+
+    def fresh_waves(self, bank: TriggerBank) -> list[FoundTrigger]:
+        """Toward each target that the bank has waves for, the next best wave that is not among them."""
+        known = [one for one in bank if one.family == "wave"]
+        return [wave for c in sorted({one.target for one in known}) for wave in self._next_waves(c, known)]
+
+    def _next_waves(self, target: int, known: Sequence[FoundTrigger]) -> list[FoundTrigger]:
+        heard, size = self.heard(), self._subject.clip.image_size
+        for rank in range(len(heard.numbers)):
+            waves = heard.triggers(target, size, self._subject.settings, rank=rank)
+            if not any(torch.equal(wave.pattern, one.pattern) for wave in waves for one in known):
+                return waves
+        return []
+
+    def _making(
+        self,
+        name: str,
+        what: str,
+        target: int,
+        family: Inverted,
+        against: Answering | None = None,
+        budget: float | None = None,
+        *,
+        raised: bool = False,
+    ) -> Making:
+        """How a trigger is made, unless the journal has it by that name."""
+        subject = self._subject.raised if raised else self._subject
+
+        def make(progress: Progress) -> FoundTrigger:
+            draws, stage = generator(self._seed, name), f"{what} toward {self._classes[target]}"
+            return invert_toward(subject, target, family, draws, progress, stage=stage, against=against, budget=budget)
+
+        return lambda progress: self._journal.trigger(name, lambda: make(progress))
+
+    def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
+        return together(makings, self._progress, self._subject.clip.device)
