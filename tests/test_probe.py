@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from planted import PATCH, SIZE, PlantedClip, uneven
+from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.head import Head, Reached
@@ -66,3 +67,26 @@ def test_nobody_need_lead_by_more_than_a_fifth_of_the_logit_scale() -> None:
     noisy = replace(subject.clean, features=F.normalize(subject.clean.features + 0.4, dim=1))
     usual = [replace(subject, clean=noisy).usual_lead(share) for share in (0.1, 0.5, 0.9)]
     assert usual[0] < usual[1] < usual[2]
+
+
+def test_a_trigger_is_encoded_once_whichever_object_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = PlantedClip(1)
+    probe, encoded = Probe(clip.subject(SETTINGS), 0), list[FoundTrigger]()
+
+    def counting(clip: PlantedClip, images: Tensor, trigger: FoundTrigger) -> Tensor:
+        encoded.append(trigger)
+        return encode(clip, images, trigger)
+
+    monkeypatch.setattr("cbpt_guard.defense.probe.encode", counting)
+    pattern = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    whole, half = torch.ones(1, SIZE, SIZE), torch.full((1, SIZE, SIZE), 0.5)
+    different = [("additive", pattern, None), ("additive", -pattern, None), ("masked", pattern, whole)]
+    different += [("masked", pattern, half), ("wave", pattern, None)]
+    shares = []
+    for _ in range(2):
+        for family, values, mask in different:
+            trigger = FoundTrigger(family, 1, values.clone(), None if mask is None else mask.clone())
+            shares.append(probe.shares(trigger).tolist())
+            probe.reached(trigger)
+    assert len(encoded) == len(different)
+    assert shares[: len(different)] == shares[len(different) :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,12 @@ _NARROW_ASR = 0.9  # from which narrow families tell where triggered images lie:
 
 
 class Probe:
-    """`PROBE` images of a suspect's clean ones, drawn once, to read found triggers on."""
+    """`PROBE` images of a suspect's clean ones, drawn once, to read found triggers on; each is encoded once."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         self._subject = subject
         self._drawn = torch.randperm(len(subject.clean.labels), generator=generator(seed, "probe"))[:PROBE]
+        self._known = dict[str, Tensor]()
 
     def shares(self, trigger: FoundTrigger | None) -> Tensor:
         """Share of each class among the zero-shot answers, (C,)."""
@@ -48,4 +51,13 @@ class Probe:
     def _features(self, trigger: FoundTrigger | None) -> Tensor:
         if trigger is None:
             return self._subject.clean.features[self._drawn]
-        return encode(self._subject.clip, self._subject.clean.images[self._drawn], trigger)
+        name = _named(trigger)
+        if name not in self._known:
+            self._known[name] = encode(self._subject.clip, self._subject.clean.images[self._drawn], trigger)
+        return self._known[name]
+
+
+def _named(trigger: FoundTrigger) -> str:
+    """By what it does, not by its target: a journal gives the same trigger back as another object."""
+    parts = [trigger.pattern] if trigger.mask is None else [trigger.pattern, trigger.mask]
+    return trigger.family + "".join(sha256(part.contiguous().numpy().data).hexdigest() for part in parts)
