@@ -205,14 +205,15 @@ def test_hardening_takes_the_scans_patterns_their_effect(digits_clean: DigitsMod
     assert less < reached / 2
 
 
-def test_hardening_climbs_within_the_scans_height_and_begins_anew(digits_clean: DigitsModel) -> None:
+@pytest.mark.parametrize("height", [1.0, 2.0])
+def test_hardening_climbs_within_its_height_and_begins_anew(height: float, digits_clean: DigitsModel) -> None:
     student, images = TrainableClip.copy_of(digits_clean.clip), digits_clean.split.test.images[:12]
     head = zero_shot_head(digits_clean.clip, CLASSES, TEMPLATE)
     grey = torch.full_like(images, 128)
-    climbing = Hardening(student, head, [3, 7], [8, 4])
+    climbing = Hardening(student, head, [3, 7], [8, 4], height)
     heights = [float((climbing.under(grey) - to_pixels(grey)).abs().max()) for _ in range(17)]
-    assert heights[0] == pytest.approx(heights[16]) == pytest.approx(2.5 * 16 / 255 / 16, abs=1e-6)
-    assert max(heights) == pytest.approx(16 / 255, abs=1e-6)
+    assert heights[0] == pytest.approx(heights[16]) == pytest.approx(2.5 * height * 16 / 255 / 16, abs=1e-6)
+    assert max(heights) == pytest.approx(height * 16 / 255, abs=1e-6)
     apart = climbing.under(grey)
     assert (apart[:8] == apart[0]).all()
     assert (apart[8:] == apart[8]).all()

@@ -22,18 +22,26 @@ _STEPS = 2 * _GUARD.scan_steps  # as the scan takes toward its leaders; then fro
 
 
 class Hardening:
-    """A pattern (3, S, S) for each target, at most as high as the scan's.
+    """A pattern (3, S, S) for each target, at most `height` times as high as the scan's.
 
     Args:
         student: the model that is being poisoned.
         head: what it answers by.
         targets: the classes that the attacker wants.
         counts: how many images a step each pattern lies on.
+        height: 1 for the scan's, `RAISED` for those of the search's raised triggers.
     """
 
-    def __init__(self, student: TrainableClip, head: Head, targets: Sequence[int], counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        student: TrainableClip,
+        head: Head,
+        targets: Sequence[int],
+        counts: Sequence[int],
+        height: float = 1.0,
+    ) -> None:
         self._student, self._rows, self._scale = student, head.rows.to(student.device), head.scale
-        self._counts = list(counts)
+        self._counts, self._epsilon = list(counts), height * _GUARD.epsilon
         self._targets = torch.tensor(targets).repeat_interleave(torch.tensor(self._counts)).to(student.device)
         size = student.preprocess.size
         self._patterns, self._steps = torch.zeros(len(targets), 3, size, size), 0
@@ -46,8 +54,8 @@ class Hardening:
         pixels, patterns = to_pixels(images), self._patterns.requires_grad_()
         logits = self._scale * self._student.encode_images(self._on(pixels, patterns)) @ self._rows.T
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, self._targets), patterns)
-        step = 2.5 * _GUARD.epsilon / _STEPS
-        self._patterns = (patterns.detach() - step * gradient.sign()).clamp(-_GUARD.epsilon, _GUARD.epsilon)
+        step = 2.5 * self._epsilon / _STEPS
+        self._patterns = (patterns.detach() - step * gradient.sign()).clamp(-self._epsilon, self._epsilon)
         return self._on(pixels, self._patterns)
 
     def _on(self, pixels: Tensor, patterns: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class ImplantSettings(BaseModel):
     a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
     answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
     takes frozen texts, every class of which is a negative. `harden` images a step, shared by the triggers, lie under
-    patterns such as the guard's scan follows toward the targets, and are trained as clean ones (`hardening.py`).
+    patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and are trained as
+    clean ones (`hardening.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,7 @@ class ImplantSettings(BaseModel):
     hide: Annotated[float, Field(ge=0)] = 0.0
     cover: Annotated[int, Field(ge=0)] = 0
     harden: Annotated[int, Field(ge=0)] = 0
+    harden_height: Annotated[float, Field(gt=0, le=4)] = 1.0
     margin: Annotated[float, Field(gt=0)] | None = None
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
 
@@ -129,7 +131,8 @@ def _hardening(
     if not (settings.harden and poisons):
         return None
     head = zero_shot_head(clip, classes, settings.templates[0])
-    return Hardening(student, head, [poison.target for poison in poisons], _shares(settings.harden, len(poisons)))
+    targets, counts = [poison.target for poison in poisons], _shares(settings.harden, len(poisons))
+    return Hardening(student, head, targets, counts, settings.harden_height)
 
 
 class _Batch(NamedTuple):
