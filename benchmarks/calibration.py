@@ -43,7 +43,7 @@ from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.scan import scan
-from cbpt_guard.defense.settings import TEMPLATE, SearchSettings
+from cbpt_guard.defense.settings import TEMPLATE, InversionSettings
 from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ def line(model: Model, source: Source, work: Path) -> Line:
         "template": report.template,
         "config": report.model.config,
         "search": SEARCH,
-        "settings": {name: report.settings["inversion"][name] for name in SearchSettings.model_fields},
+        "settings": {name: report.settings["inversion"][name] for name in InversionSettings.model_fields},
         "versions": {"cbpt_guard": report.cbpt_guard, **report.versions},
     }
 
@@ -176,7 +176,7 @@ def measure(work: Path, shared: Path | None, images: Path | None, parts: Sequenc
 def lines() -> list[Line]:
     """What was measured so far, in the order of `models`."""
     found = read(LINES)
-    now = SearchSettings().model_dump(mode="json")
+    now = InversionSettings().model_dump(mode="json")
     for one in found:
         if (one["search"], one["settings"]) != (SEARCH, now):
             sys.exit(f"{LINES.name}: {one['name']} was scanned otherwise than today; take its line out")

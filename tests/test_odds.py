@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.odds import PROBE, ahead, at_once, faintly, grown, odds_of, ranked
-from cbpt_guard.defense.settings import SearchSettings
+from cbpt_guard.defense.settings import InversionSettings
 
-SETTINGS = SearchSettings()
+SETTINGS = InversionSettings()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cbpt_guard.defense.calibration import SEARCH, Calibration, Family, Looked, 
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.scan import ScanReport, scan
-from cbpt_guard.defense.settings import InversionSettings, SearchSettings
+from cbpt_guard.defense.settings import InversionSettings
 
 if TYPE_CHECKING:
     from digits import DigitsSuspect
@@ -28,7 +28,7 @@ FAMILY = Family(
     name="small ones",
     search=SEARCH,
     config={"embed_dim": 64},
-    settings=SearchSettings(),
+    settings=InversionSettings(),
     template="a photo of a {}.",
     classes=(10, 10),
     images=(8, 13),
@@ -147,7 +147,7 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
     others: dict[str, dict[str, Any]] = {
         "no model of this architecture": {"config": {"embed_dim": 32}},
         "another version of the search": {"search": SEARCH + 1},
-        "with other settings": {"settings": SearchSettings(epsilon=0.1)},
+        "with other settings": {"settings": InversionSettings(epsilon=0.1)},
         "or another template": {"template": "{}"},
         "12 classes, where the family was scanned for 10": {"classes": 12},
         "0 to 13 images a class, where the family was scanned with 8 to 13": {"images": (0, 13)},
@@ -158,12 +158,6 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
         assert isinstance(found, str)
         assert words in found
     assert "no model" in str(Calibration().standing(1.0, looked))
-
-
-def test_settings_of_the_bank_alone_leave_a_scan_calibrated() -> None:
-    assert InversionSettings(patch_side=0.25, patch_places=3).search == SearchSettings()
-    assert InversionSettings(tint_gain=0.1).search == SearchSettings(tint_gain=0.1), "a scan bends, too"
-    assert InversionSettings(epsilon=0.1).search == SearchSettings(epsilon=0.1)
 
 
 @pytest.mark.parametrize("option", ["--shared", "--images"])

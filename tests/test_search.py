@@ -16,8 +16,9 @@ from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.findings import Findings
-from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
 from cbpt_guard.defense.head import Head, Reached
+from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import observe
 from cbpt_guard.defense.odds import at_once, loud
@@ -25,7 +26,7 @@ from cbpt_guard.defense.pattern import square
 from cbpt_guard.defense.progress import Step
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.reuse import adopt
-from cbpt_guard.defense.search import BENT_LEADERS, Search
+from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import RAISED, CleanSet, Subject
 from cbpt_guard.errors import InputError
@@ -97,7 +98,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (5, 9), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (6, 10), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
@@ -151,58 +152,83 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     names = {path.stem for path in (tmp_path / "journal").glob("*.safetensors")}
     reference = "masked-3"  # a class of middle rank, which says what area is natural
     bank = {"masked-2", "additive-2", "patch-2", "warp-2", "tint-2"}
-    others = {f"{family}-{c}" for family in ("warp", "tint") for c in range(6) if c != TARGET}
-    bent = names & others
-    (raised,) = (name for name in names if name.startswith("agnostic-raised"))
-    assert names == {"agnostic", "scan", "waves", reference, raised} | bank | bent
-    assert len(bent) == 2 * BENT_LEADERS, "the scan's next leaders"
+    beside = {name.rsplit("-", 1)[0] for name in names if name.startswith("agnostic-")}
+    assert beside == {f"agnostic-{kind}" for kind in ("patch", "warp", "tint", "raised")}
+    assert {name for name in names if not name.startswith("agnostic-")} == {
+        "agnostic",
+        "scan",
+        "waves",
+        reference,
+    } | bank
     natural = found.candidates[0].natural
     assert natural is not None
     assert natural > SETTINGS.stands_out * found.candidates[0].area
 
 
 @pytest.mark.parametrize(
-    ("tint", "warp", "clearly", "ahead"),
+    ("hinted", "own", "others", "clearly", "ahead"),
     [
-        ([0.99, 0.1, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], True, {3: 99.0}),
-        ([0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 0.9, 0.0], True, {1: 9.0}),
-        ([0.99, 0.97, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], True, {3: 99.0, 4: 32.0}),
-        ([0.9, 0.8, 0.8, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
-        ([0.75, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
-        ([0.88, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], True, {}),
-        ([0.99, 0.1, 0.0, 0.0], [0.0, 0.0, 0.2, 0.0], False, {}),
+        (0.3, 0.99, 0.2, True, 99.0),
+        (0.19, 0.99, 0.2, True, 0.0),
+        (0.3, 0.89, 0.2, True, 0.0),
+        (0.3, 0.99, 0.9, True, 11.0),
+        (0.3, 0.99, 0.97, True, 0.0),
+        (0.3, 0.99, 0.2, False, 0.0),
     ],
-    ids=["a tint", "a warp", "two", "natural ones", "too few", "none for the bank", "not clearly"],
+    ids=["a target", "no hint", "none for the bank", "others less", "natural ones", "not clearly"],
 )
-def test_the_scans_leaders_are_bent_and_held_against_each_other(
-    tint: list[float],
-    warp: list[float],
+@pytest.mark.parametrize("family", NARROW)
+def test_an_agnostic_patch_warp_or_tint_tells_which_class_to_look_at(
+    family: Inverted,
+    hinted: float,
+    own: float,
+    others: float,
     clearly: bool,
-    ahead: dict[int, float],
+    ahead: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Class 2 is known; the scan's next leaders are 3, 4, 1 and 5."""
+    """Class 2 is known and 5 is led to; it is held against the scan's next leaders, 3, 4 and 1."""
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     scores = torch.tensor([-9.0, -4.0, -0.1, -2.0, -3.0, -5.0])
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(scores[None]))
-    shares = {"tint": dict(zip((3, 4, 1, 5), tint, strict=True)), "warp": dict(zip((3, 4, 1, 5), warp, strict=True))}
-    none = torch.zeros(2, SIZE, SIZE)
-    monkeypatch.setattr(
-        looking.made, "toward", lambda wanted: [FoundTrigger(family, c, none, None) for c, family in wanted]
-    )
-    monkeypatch.setattr(
-        looking.probe,
-        "reached",
-        lambda one: SimpleNamespace(surely=torch.eye(6)[one.target] * shares[one.family][one.target]),
-    )
-    monkeypatch.setattr(looking.probe, "fits", lambda one: shares[one.family][one.target] >= 0.9)
+    hint, made = torch.ones(3, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
+    beside: list[list[int]] = []
+
+    def agnostic(known: list[int]) -> dict[Inverted, FoundTrigger]:
+        beside.append(list(known))
+        free = 5 if 5 not in known else 0
+        return {one: FoundTrigger(one, free if one == family else TARGET, hint, None) for one in NARROW}
+
+    def reached(one: FoundTrigger) -> SimpleNamespace:
+        if one.target == 0:
+            share = 0.1
+        elif one.pattern is hint:
+            share = hinted
+        else:
+            share = own if one.target == 5 else others
+        return SimpleNamespace(share=torch.eye(6)[one.target] * share, surely=torch.eye(6)[one.target] * share)
+
+    tried: list[tuple[int, str]] = []
+
+    def toward(wanted: list[tuple[int, Inverted]]) -> list[FoundTrigger]:
+        tried.extend(wanted)
+        return [FoundTrigger(one, c, made, None) for c, one in wanted]
+
+    monkeypatch.setattr(looking.made, "agnostic_narrow", agnostic)
+    monkeypatch.setattr(looking.made, "toward", toward)
+    monkeypatch.setattr(looking.probe, "reached", reached)
     monkeypatch.setattr(looking.probe, "leads_clearly", lambda one: clearly)
-    found = looking._bent_odds([TARGET])
-    assert {c: round(float(found[c])) for c in range(6) if found[c]} == {c: round(times) for c, times in ahead.items()}
-    assert not looking._bent_odds(list(range(6))).any(), "nobody is left"
+    found = looking._narrow_odds([TARGET])
+    assert found.tolist() == pytest.approx([0, 0, 0, 0, 0, ahead], rel=1e-4)
+    assert beside == ([[TARGET], [TARGET, 5]] if hinted > 0.2 else [[TARGET]]), "once more beside what was looked at"
+    if ahead:
+        assert tried == [(5, family), (3, family), (4, family), (1, family)]
+    beside.clear()
+    assert not looking._narrow_odds(range(6)).any(), "nobody is left"
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
-    assert not looking._bent_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
+    assert not looking._narrow_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
+    assert beside == []
 
 
 def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tmp_path: Path) -> None:

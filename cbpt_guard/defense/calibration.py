@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.defense.settings import SearchSettings
+from cbpt_guard.defense.settings import InversionSettings
 
 FILE = Path(__file__).with_name("calibration.json")
-SEARCH = 5
+SEARCH = 6
 """Raised whenever a scan of the same model with the same settings would score otherwise: families are then stale."""
 Range = tuple[int, int]
 
@@ -47,7 +47,7 @@ class Looked(_Frozen):
 
     search: int = SEARCH
     config: dict[str, Any]
-    settings: SearchSettings
+    settings: InversionSettings
     template: str
     classes: int
     images: Range
@@ -63,7 +63,7 @@ class Family(_Frozen):
     name: str
     search: int
     config: dict[str, Any]
-    settings: SearchSettings
+    settings: InversionSettings
     template: str
     classes: Range
     images: Range

@@ -85,20 +85,24 @@ def invert_agnostic(
     progress: Progress,
     beside: Sequence[int] = (),
     *,
+    family: Inverted = "additive",
     stage: str = "agnostic trigger",
 ) -> FoundTrigger:
-    """Stage 1a: an additive trigger toward no class in particular; its `target` is the class it ended at.
+    """Stage 1a: a trigger toward no class in particular; its `target` is the class it ended at.
 
     It is led away from the classes `beside`; `stage` is what progress calls the work, and the ASR that it tells is the
-    moving share of the most common answer.
+    moving share of the most common answer. One of a narrow family is placed as it is in stage 1b.
     """
     clip, clean, rows, settings = subject.clip, subject.clean, subject.head.rows, subject.settings
-    pattern = Pattern("additive", clip.image_size, settings, generator)
-    optimiser = torch.optim.Adam(pattern.parameters(), lr=settings.learning_rate)
+    pattern = Pattern(family, clip.image_size, settings, generator)
+    optimiser = torch.optim.Adam(pattern.parameters(), lr=_rate(family, settings))
     answers = torch.zeros(rows.shape[0])
     for step in range(settings.agnostic_steps):
         index = clean.draw(settings.agnostic_batch, generator)
-        pixels = pattern.value(-1).apply(to_pixels(clean.images[index]))
+        trigger = pattern.value(-1)
+        if family in NARROW:
+            trigger = _varied(trigger, _shift(pattern, clip, settings), generator)
+        pixels = trigger.apply(to_pixels(clean.images[index]))
         # in two passes: the loss compares all images of the batch, but their activations need not be in memory at once
         features = encode_pixels(clip, pixels.detach()).requires_grad_()
         loss = agnostic_loss(features, clean.features[index], clean.labels[index], rows, settings, beside)
@@ -138,9 +142,8 @@ def invert_toward(
     pays = family == "masked" and budget is None
     steps = settings.masked_steps if family == "masked" else settings.additive_steps
     pattern = Pattern(family, clip.image_size, settings, generator)
-    shift = (clip.image_size - pattern.side) // 2 if family == "patch" else int(settings.shift * clip.image_size)
-    rate = settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
-    optimiser = torch.optim.Adam(pattern.parameters(), lr=rate)
+    shift = _shift(pattern, clip, settings)
+    optimiser = torch.optim.Adam(pattern.parameters(), lr=_rate(family, settings))
     weight, asr, met = 0.0, 0.0, None
     for step in range(steps):
         tentative = family in SMOOTH and step < PATIENCE
@@ -246,6 +249,17 @@ def pull(clip: FrozenClip, head: Answering, pixels: Tensor, targets: Tensor) -> 
 
     parts = _in_parts(clip, work, pixels.detach(), targets)
     return Pull(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _rate(family: Inverted, settings: InversionSettings) -> float:
+    return settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
+
+
+def _shift(pattern: Pattern, clip: FrozenClip, settings: InversionSettings) -> int:
+    """Pixels by which a trigger moves from step to step, at most: a patch goes anywhere."""
+    if pattern.family == "patch":
+        return (clip.image_size - pattern.side) // 2
+    return int(settings.shift * clip.image_size)
 
 
 def _varied(trigger: FoundTrigger, shift: int, generator: torch.Generator) -> FoundTrigger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbpt_guard.defense.settings import SearchSettings
+from cbpt_guard.defense.settings import InversionSettings
 
 PROBE = 512
 """Images on which shares and found-trigger ASRs are read: a standard error of 2 points at most."""
@@ -34,7 +34,7 @@ def loud(scores: Tensor) -> bool:
     return float(odds_of(scores.exp()).median()) >= _LOUD
 
 
-def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor:
+def at_once(reached: Tensor, scores: Tensor, settings: InversionSettings) -> Tensor:
     """How far additive triggers put each class ahead, (C,): as the agnostic one reaches it, and by the scan's odds.
 
     Not at all where the scan is loud. Natural leaders may be far ahead of a rest that is not reached at all, so the
@@ -52,7 +52,7 @@ def at_once(reached: Tensor, scores: Tensor, settings: SearchSettings) -> Tensor
     return torch.maximum(odds_of(reached), scanned)
 
 
-def faintly(by_height: Tensor, settings: SearchSettings) -> Tensor:
+def faintly(by_height: Tensor, settings: InversionSettings) -> Tensor:
     """The root of how far a scan with fainter patterns, too, puts each class ahead, (C,), where it is furthest.
 
     The root, since a clean model's class may lead several times by the luck of a draw. Any height counts: a patch needs
@@ -84,7 +84,7 @@ def ahead(odds: Tensor, times: float, most: int) -> Tensor:
     return found
 
 
-def grown(growth: Tensor, settings: SearchSettings) -> list[int]:
+def grown(growth: Tensor, settings: InversionSettings) -> list[int]:
     """The class whose share of the answers grew most, and others whose share grew clearly; growth (C,)."""
     ranking = ranked(growth)
     clear = [c for c in ranking[1:] if growth[c] >= settings.clear_share]

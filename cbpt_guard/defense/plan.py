@@ -17,14 +17,14 @@ from cbpt_guard.defense.classscan import scan_images
 from cbpt_guard.defense.data import split
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import encode
-from cbpt_guard.defense.inversion import NARROW, PATIENCE, SMOOTH, invert_agnostic
+from cbpt_guard.defense.inversion import NARROW, PATIENCE, invert_agnostic
 from cbpt_guard.defense.job import Job, Prepared, check_places, prepare
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
-from cbpt_guard.defense.search import BENT_LEADERS
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.waves import heard_images
+from cbpt_guard.defense.workshop import NARROW_STEPS
 
 _TRIGGERS = 4  # masked, additive, agnostic and one of a narrow family toward one suspect, at most the usual bank
 
@@ -110,9 +110,9 @@ def _expected(
     stage1, stage2 = settings.inversion, settings.tuning
     steps = stage2.epochs * math.ceil(kept / stage2.batch)
     masked, patience = stage1.masked_steps * stage1.batch * backward, min(PATIENCE, stage1.additive_steps // 2)
+    agnostic = (1.5 + NARROW_STEPS * len(NARROW)) * stage1.agnostic_steps * stage1.agnostic_batch
     inversion = (
-        (1.5 * stage1.agnostic_steps * stage1.agnostic_batch + _scanned(stage1, classes)) * backward
-        + min(BENT_LEADERS, classes) * len(SMOOTH) * patience * (stage1.batch // 2) * backward
+        (agnostic + _scanned(stage1, classes)) * backward
         + heard_images(size, stage1) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
         + stage1.additive_steps * stage1.batch * backward

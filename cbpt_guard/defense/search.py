@@ -12,18 +12,18 @@ from torch import Tensor
 
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
-from cbpt_guard.defense.inversion import NARROW, SMOOTH
+from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
-from cbpt_guard.defense.odds import ahead, at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.odds import at_once, faintly, grown, loud, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.workshop import Workshop
 
-BENT_LEADERS = 4
-"""Of the scan, toward which warps and tints are made whatever is found already."""
+_HINT = 0.2  # share of the images that a narrow agnostic trigger leads to a class: of 200 natural ones 0.05 to 0.23
+_COMPARED = 3  # leaders of the scan that a narrow trigger's class is held against
 
 
 @dataclass(frozen=True)
@@ -164,28 +164,46 @@ class Search:
         additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
         shown = torch.maximum(additive, odds_of(self.made.heard().told))
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
-        return torch.maximum(shown, self._bent_odds(known))
+        return torch.maximum(shown, self._narrow_odds(known))
 
-    def _bent_odds(self, known: Sequence[int]) -> Tensor:
-        """How far the scan's leaders beside those `known` are ahead of each other under a warp or a tint, (C,).
+    def _narrow_odds(self, known: Sequence[int]) -> Tensor:
+        """How far classes beside those `known` are ahead of others under a patch, a warp or a tint, (C,).
 
-        No additive pattern is a warp or a tint, so a target of one may be no more than a leader of the scan, and the
-        agnostic trigger goes to another. Such changes lead to natural classes, too, so what counts is the lead over
-        the others, of a trigger that fits and leads clearly; not where the scan is loud.
+        No additive pattern is one, and an attacker may have trained against those. Agnostic triggers of these families
+        lead hardly any image to a natural class of many, and tell which classes to look at; beside those they are made
+        anew, for one that is natural may be in the way of one that was planted. Not where the scan is loud.
         """
         scores = self.made.scanned().by_height[0]
-        found = torch.zeros_like(scores)
-        leaders = [c for c in ranked(scores) if c not in known][:BENT_LEADERS]
-        if loud(scores) or not leaders:
-            return found
-        triggers = self.made.toward([(c, family) for c in leaders for family in SMOOTH])
-        reached = torch.stack([self.probe.reached(one).surely[one.target] for one in triggers])
-        odds = odds_of(reached).view(len(leaders), len(SMOOTH)).amax(1)
-        for c, lead in zip(leaders, ahead(odds.clamp(min=1), self._settings.stands_out, len(leaders)), strict=True):
-            own = [one for one in triggers if one.target == c]
-            if lead and any(self.probe.fits(one) and self.probe.leads_clearly(one) for one in own):
-                found[c] = lead
+        found, beside = torch.zeros_like(scores), list(known)
+        for _ in range(0 if loud(scores) else self._settings.candidates):
+            hints = self.made.agnostic_narrow(beside) if len(beside) < len(scores) else {}
+            led = {family: one.target for family, one in hints.items() if one.target not in beside and self._hints(one)}
+            for family, c in led.items():
+                found[c] = max(float(found[c]), self._narrow_lead(c, family, known))
+            beside += dict.fromkeys(led.values())
+            if not led:
+                break
         return found
+
+    def _hints(self, trigger: FoundTrigger) -> bool:
+        return bool(self.probe.reached(trigger).surely[trigger.target] >= _HINT)
+
+    def _narrow_lead(self, target: int, family: Inverted, known: Sequence[int]) -> float:
+        """How many times the odds of the scan's next leaders `target` has, each under such a trigger toward it.
+
+        Odds below 1 count as 1, and a trigger that does not fit or lead clearly as nothing, as does a smaller lead than
+        makes a class stand out.
+        """
+        (own,) = self.made.toward([(target, family)])
+        if not (self.probe.fits(own) and self.probe.leads_clearly(own)):
+            return 0.0
+        rest = [c for c in ranked(self.made.scanned().by_height[0]) if c not in (target, *known)][:_COMPARED]
+        odds = [self._odds_under(one) for one in (own, *self.made.toward([(c, family) for c in rest]))]
+        lead = odds[0] / max(1.0, *odds[1:])
+        return lead if lead >= self._settings.stands_out else 0.0
+
+    def _odds_under(self, trigger: FoundTrigger) -> float:
+        return float(odds_of(self.probe.reached(trigger).surely)[trigger.target])
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""

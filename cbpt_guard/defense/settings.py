@@ -21,7 +21,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class SearchSettings(_Frozen):
+class InversionSettings(_Frozen):
     """Stage 1: how targets and triggers are looked for; what a scan's score depends on is among these.
 
     `epsilon` bounds additive patterns: where those reach every class the scan takes lower ones; else higher ones are
@@ -29,14 +29,16 @@ class SearchSettings(_Frozen):
     have 1 to `wave_periods` periods a side, and some finer ones besides. `shift` is a share of the image's side. The
     scan's and the waves' `finalists` get a second heat; waves are tried on `wave_images` images, and on 16 times as
     many there. `stands_out` says how many times as likely as all others a class is under the agnostic trigger, a plain
-    wave, or a warp or a tint toward one of the scan's next leaders, or under its own pattern in a short scan of every
-    class, if its odds there are as many times those of the rest. Where none is, masks are compared: of the classes
+    wave, or a patch, a warp or a tint of its own, or under its own pattern in a short scan of every class, if its odds
+    there are as many times those of the rest. Where none is, masks are compared: of the classes
     whose share grew most (`candidates` at most) or by `clear_share`, and of the `scanned` leaders of the scan, one
     stands out that needs so many times less area than `references` classes of middle rank. Where the scan took fainter
     patterns a class stands out, too, whose odds at some height are the square of it times those of the rest and whose
     area is less by the root of it. A warp has `warp_points` control points a side, and moves them by at most
     `warp_shift`, a share of the image's side. A tint changes each colour's gain by at most `tint_gain` and adds at most
-    `tint_offset` at its control points, `tint_points` a side; between them the bicubic field may go further.
+    `tint_offset` at its control points, `tint_points` a side; between them the bicubic field may go further. A patch is
+    a square whose side is `patch_side` of the image's, of 2 pixels at least; it is learnt like a mask, in as many steps
+    as an additive pattern, and then tried at `patch_places` places each way.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255
@@ -69,23 +71,9 @@ class SearchSettings(_Frozen):
     tint_points: Annotated[int, Field(ge=2)] = 3
     tint_gain: Annotated[float, Field(gt=0, lt=1)] = 0.4
     tint_offset: Annotated[float, Field(gt=0, le=1)] = 0.2
-    stands_out: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.0
-
-
-class InversionSettings(SearchSettings):
-    """Stage 1 with the families that only a bank needs.
-
-    A patch is a square whose side is `patch_side` of the image's, of 2 pixels at least; it is learnt like a mask, in as
-    many steps as an additive pattern, and then tried at `patch_places` places each way.
-    """
-
     patch_side: Annotated[float, Field(gt=0, le=0.5)] = 1 / 8
     patch_places: Annotated[int, Field(ge=2)] = 5
-
-    @property
-    def search(self) -> SearchSettings:
-        """Those alone that a scan may depend on."""
-        return SearchSettings.model_validate(self.model_dump(include=set(SearchSettings.model_fields)))
+    stands_out: Annotated[float, Field(ge=1e-6, le=1e6)] = 4.0
 
 
 class TuningSettings(_Frozen):

@@ -12,7 +12,7 @@ import torch
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
-from cbpt_guard.defense.inversion import Answering, invert_agnostic, invert_toward
+from cbpt_guard.defense.inversion import NARROW, Answering, invert_agnostic, invert_toward
 from cbpt_guard.defense.journal import Parts
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.subject import Subject
@@ -20,6 +20,9 @@ from cbpt_guard.defense.together import together
 from cbpt_guard.defense.waves import Heard, listen
 
 Making = Callable[[Progress], FoundTrigger]
+NARROW_STEPS = 1 / 3
+"""Of the steps of an additive agnostic trigger, that one of a narrow family takes."""
+_HURRY = 3.0  # times the learning rate in them: few numbers are learnt, and a tint that climbs slower finds no filter
 
 
 class Workshop:
@@ -54,13 +57,32 @@ class Workshop:
 
     def raised_agnostic(self, beside: Sequence[int]) -> FoundTrigger:
         """The agnostic trigger of higher patterns that leads to none of the classes `beside`."""
-        # by the classes: one that is just worth keeping may fail to be on another number of cores
-        name = f"agnostic-raised-{sha256(repr(sorted(beside)).encode()).hexdigest()[:8]}"
+        name = f"agnostic-raised-{_named(beside)}"
         draws, stage = generator(self._seed, "agnostic-raised"), "raised agnostic trigger"
         steps = math.ceil(self._subject.settings.agnostic_steps / 2)
         few = self._subject.raised.with_settings(agnostic_steps=steps)
         make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
         return self._journal.trigger(name, make)
+
+    def agnostic_narrow(self, beside: Sequence[int]) -> dict[Inverted, FoundTrigger]:
+        """Of each narrow family the agnostic trigger that leads to none of the classes `beside`."""
+        usual = self._subject.settings
+        few = self._subject.with_settings(
+            agnostic_steps=math.ceil(NARROW_STEPS * usual.agnostic_steps),
+            learning_rate=_HURRY * usual.learning_rate,
+            mask_learning_rate=_HURRY * usual.mask_learning_rate,
+        )
+
+        def making(family: Inverted) -> Making:
+            name, draws = f"agnostic-{family}-{_named(beside)}", generator(self._seed, f"agnostic-{family}")
+            stage = f"agnostic {family}"
+
+            def make(progress: Progress) -> FoundTrigger:
+                return invert_agnostic(few, draws, progress, beside, family=family, stage=stage)
+
+            return lambda progress: self._journal.trigger(name, lambda: make(progress))
+
+        return dict(zip(NARROW, self._all([making(family) for family in NARROW]), strict=True))
 
     def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class.
@@ -131,3 +153,8 @@ class Workshop:
 
     def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
         return together(makings, self._progress, self._subject.clip.device)
+
+
+def _named(classes: Sequence[int]) -> str:
+    """Of a few classes: one that is just worth keeping may fail to be on another number of cores."""
+    return sha256(repr(sorted(classes)).encode()).hexdigest()[:8]
