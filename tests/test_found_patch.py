@@ -19,7 +19,7 @@ from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 
-TARGET, SIDE = 2, 4
+TARGET, DECOY, SIDE = 2, 4, 4
 SETTINGS = InversionSettings(
     masked_steps=40, additive_steps=60, agnostic_steps=5, mask_learning_rate=0.5, patch_side=SIDE / SIZE
 )
@@ -111,6 +111,27 @@ def test_the_bank_holds_a_patch_that_reaches_the_target_and_no_other(
     for kept, one in zip(TriggerBank.load(tmp_path / "bank.safetensors"), bank, strict=True):
         assert kept.family == one.family
         assert torch.equal(kept.pattern, one.pattern)
+
+
+class BehindClip(AnywhereClip):
+    """Another patch, of stripes along the rows in one corner, shows to additive patterns at once; this one does not."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        seen = (pixels[:, :, :SIDE, :SIDE] * self.stripes.T).mean((1, 2, 3))
+        shown = F.softplus(200 * (seen - 0.03)) / 4
+        return F.normalize(super().encode_images(pixels) + shown[:, None] * self.head.rows[DECOY], dim=1)
+
+
+def test_a_patch_that_no_additive_pattern_shows_is_found_behind_one_that_shows_at_once(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"agnostic_steps": 60, "mask_learning_rate": 0.2})
+    names = [f"class {number}" for number in range(6)]
+    searching = Search(BehindClip(True).subject(settings), names, 0, Journal(tmp_path, {}), silent)
+    findings = searching.run()
+    assert sorted(findings.suspects) == [TARGET, DECOY]
+    assert "patch" in {trigger.family for trigger in findings.bank if trigger.target == TARGET}
+    hidden = next(item for item in findings.candidates if item.index == TARGET)
+    assert not hidden.raised, "higher patterns do not show it either"
+    assert hidden.share < 0.5
 
 
 @pytest.mark.parametrize(("size", "side"), [(16, 4), (16, 5), (7, 2)])

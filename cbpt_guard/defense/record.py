@@ -50,9 +50,9 @@ class Candidate(_Frozen):
     every class is a candidate, the others; None where there is none to compare with. `faint` is the root of how far a
     scan with fainter patterns puts it ahead, 0 where that is not enough to stand out. `raised`: whether it stands out
     only under an agnostic trigger of higher patterns, which the shares are then of. `score` is what `stands_out`
-    compares: the odds of the class under an agnostic trigger or a plain wave, how far the scan, or a warp or a tint
-    toward its leaders, puts it ahead, how many times less area it needs, or the lesser of `faint` and the square of
-    that; the largest of them.
+    compares: the odds of the class under an agnostic trigger or a plain wave, how far the scan, or a patch, a warp or a
+    tint, puts it ahead, how many times less area it needs, or the lesser of `faint` and the square of that; the largest
+    of them.
     """
 
     label: str
