@@ -551,15 +551,11 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}
 
 
-@pytest.mark.parametrize("told", ["by higher patterns", "where masks show nothing"])
-def test_toward_a_class_that_masks_may_hardly_lead_to_a_higher_pattern_is_made_anew(
-    told: str, folder: Path, guarded: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+def test_toward_a_class_that_higher_patterns_told_such_a_one_is_made_anew(
+    folder: Path, guarded: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would show nothing of the guard."""
-    if told == "by higher patterns":
-        monkeypatch.setattr(Findings, "raised", Findings.suspects)
-    else:
-        monkeypatch.setattr(purifying, "shows", lambda head, attack: False)
+    """Masks may hardly lead there, and would show nothing."""
+    monkeypatch.setattr(Findings, "raised", Findings.suspects)
     judged: list[Attacked] = []
     monkeypatch.setattr(purifying, "measure", lambda *given, **how: judged.extend(given[3]) or measure(*given, **how))
     assert purify("--reuse", guarded[0]).exit_code in (0, 1)

@@ -16,7 +16,7 @@ from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerM
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.stage2 import look_at
 from cbpt_guard.defense.tuning import FeatureSet
-from cbpt_guard.defense.verdict import Attacked, judge, measure, shows
+from cbpt_guard.defense.verdict import Attacked, judge, measure
 from cbpt_guard.errors import CheckpointError, InputError
 
 BOUNDS = VerdictSettings(found_asr=0.05, fresh_asr=0.03, accuracy_loss=0.02)
@@ -210,17 +210,6 @@ def test_measured_by_hand() -> None:
     assert (observed.asr_before, observed.asr_after, observed.pa_after) == (1.0, 0.25, None)
     assert [item.before for item in metrics.classes] == [1.0, 1.0, 0.5]
     assert [item.images for item in metrics.classes] == [2, 2, 2]
-
-
-@pytest.mark.parametrize(("led", "shown"), [(0, False), (1, False), (2, True), (4, True)])
-def test_a_trigger_shows_something_if_half_of_the_images_of_others_follow_it_without_the_guard(
-    led: int, shown: bool
-) -> None:
-    """Whether the guard stops it is another matter; images of its own class do not count."""
-    order = [0, 1, 4, 5, 2, 3]
-    features = torch.cat([CAUGHT[order][:led], CLEAN[order][led:4], CAUGHT[order][4:]])
-    attack = Attacked("fresh", "masked", 1, features, LABELS[order])
-    assert [shows(head, attack) for head in (guarded(), guarded(suspect=False))] == [shown, shown]
 
 
 def test_flags_are_told_of_the_trigger_that_the_test_misses_most_and_prompts_count_by_themselves() -> None:

@@ -32,7 +32,7 @@ from cbpt_guard.defense.stage2 import guard, least_accuracy
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.together import together
 from cbpt_guard.defense.tuning import FeatureSet
-from cbpt_guard.defense.verdict import Attacked, judge, measure, shows
+from cbpt_guard.defense.verdict import Attacked, judge, measure
 from cbpt_guard.defense.workshop import Workshop
 from cbpt_guard.errors import SetupError
 from cbpt_guard.files import partial_path, staged
@@ -218,28 +218,18 @@ class Purification:
             Attacked("found", trigger.family, trigger.target, features, unseen.labels)
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)
         ]
-        attacks += self._fresh(made, findings, head, unseen.labels, images)
-        attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
-        return attacks
-
-    def _fresh(
-        self, made: Workshop, findings: Findings, head: GuardedHead, labels: Tensor, images: Tensor
-    ) -> list[Attacked]:
-        """Triggers that were not tuned on: masks, waves, and higher patterns where neither shows anything."""
-
-        def attacked(trigger: FoundTrigger, against: str | None = None) -> Attacked:
-            features = encode(self.clip, images, trigger)
-            return Attacked("fresh", trigger.family, trigger.target, features, labels, against)
-
         budgets = findings.budgets(self.settings.inversion.stands_out)
         heads: tuple[tuple[str, Answering], ...] = (("guarded", head), ("original", head.original))
         masked = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
-        attacks = [attacked(trigger, name) for trigger, (_, name, *_) in zip(made.fresh(masked), masked, strict=True)]
-        attacks += [attacked(trigger) for trigger in made.fresh_waves(findings.bank)]
-        telling = {one.target for one in attacks if shows(head, one)}
-        untold = [t for t in findings.suspects if t in findings.raised or t not in telling]
-        raised = [(t, name, one) for t in untold for name, one in heads]
-        attacks += [attacked(one, name) for one, (_, name, _) in zip(made.fresh_raised(raised), raised, strict=True)]
+        raised = [(t, name, one) for t in findings.raised for name, one in heads]
+        against = [name for _, name, *_ in masked] + [name for _, name, _ in raised]
+        for name, trigger in zip(against, [*made.fresh(masked), *made.fresh_raised(raised)], strict=True):
+            features = encode(self.clip, images, trigger)
+            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels, against=name))
+        for trigger in made.fresh_waves(findings.bank):
+            features = encode(self.clip, images, trigger)
+            attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
+        attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]
         return attacks
 
     def _lap(self, stage: str) -> None:

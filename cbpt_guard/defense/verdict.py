@@ -84,11 +84,6 @@ def judge(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings, *
     return Verdict(name="guarded", reasons=(kept,))
 
 
-def shows(head: GuardedHead, attack: Attacked) -> bool:
-    """Whether a trigger reaches so many images without the guard that a success of the guard is one."""
-    return _under_attack(head, attack).asr_before >= _SHOWING
-
-
 def _told(run: RunMetrics, suspects: Sequence[str]) -> Iterator[str]:
     """What no bound is set on, and a user of the answers must know."""
     pas = [one.pa_after for one in run.triggers if one.pa_after is not None]
