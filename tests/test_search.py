@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -165,70 +166,76 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     assert natural > SETTINGS.stands_out * found.candidates[0].area
 
 
+Share = float
+Told = dict[tuple[Inverted, int], Share]
+
+
 @pytest.mark.parametrize(
-    ("hinted", "own", "others", "clearly", "ahead"),
+    ("hints", "toward", "others", "clearly", "ahead"),
     [
-        (0.3, 0.99, 0.2, True, 99.0),
-        (0.19, 0.99, 0.2, True, 0.0),
-        (0.3, 0.89, 0.2, True, 0.0),
-        (0.3, 0.99, 0.9, True, 11.0),
-        (0.3, 0.99, 0.97, True, 0.0),
-        (0.3, 0.99, 0.2, False, 0.0),
+        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.2, True, {5: 99.0}),
+        ([{("warp", 5): 0.3}], {("warp", 5): 0.99}, 0.2, True, {5: 99.0}),
+        ([{("tint", 5): 0.3}], {("tint", 5): 0.99}, 0.2, True, {5: 99.0}),
+        ([{("tint", 5): 0.3}], {("warp", 5): 0.99, ("tint", 5): 0.4}, 0.2, True, {5: 99.0}),
+        ([{("patch", 5): 0.19}], {("patch", 5): 0.99}, 0.2, True, {}),
+        ([{("patch", 5): 0.3}], {("patch", 5): 0.89}, 0.2, True, {}),
+        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.9, True, {5: 11.0}),
+        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.97, True, {}),
+        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.2, False, {}),
+        ([{("warp", 5): 0.3, ("tint", 0): 0.3}], {("warp", 5): 0.99, ("warp", 0): 0.97}, 0, True, {5: 99, 0: 97 / 3}),
+        ([{("tint", 0): 0.4}, {("tint", 5): 0.3}], {("tint", 0): 0.7, ("tint", 5): 0.99}, 0.2, True, {5: 99 * 3 / 7}),
+        ([{("tint", c): 0.3} for c in (0, 1, 3, 5)], {("tint", 5): 0.99}, 0.2, True, {}),
     ],
-    ids=["a target", "no hint", "none for the bank", "others less", "natural ones", "not clearly"],
-)
-@pytest.mark.parametrize("family", NARROW)
-def test_an_agnostic_patch_warp_or_tint_tells_which_class_to_look_at(
-    family: Inverted,
-    hinted: float,
-    own: float,
-    others: float,
+    ids=[
+        "a patch", "a warp", "a tint", "told by another family", "no hint", "none for the bank", "others less",
+        "natural ones", "not clearly", "two of one family", "behind a natural one", "three rounds at most",
+    ],
+)  # fmt: skip
+def test_narrow_agnostic_triggers_tell_which_classes_to_look_at(
+    hints: list[Told],
+    toward: Told,
+    others: Share,
     clearly: bool,
-    ahead: float,
+    ahead: dict[int, float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Class 2 is known and 5 is led to; it is held against the scan's next leaders, 3, 4 and 1."""
+    """Class 2 is known. What the agnostic triggers of each round lead to, and what is reached toward each class."""
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     scores = torch.tensor([-9.0, -4.0, -0.1, -2.0, -3.0, -5.0])
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(scores[None]))
-    hint, made = torch.ones(3, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
-    beside: list[list[int]] = []
+    agnostic, made = torch.ones(3, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
+    rounds: list[list[int]] = []
 
-    def agnostic(known: list[int]) -> dict[Inverted, FoundTrigger]:
-        beside.append(list(known))
-        free = 5 if 5 not in known else 0
-        return {one: FoundTrigger(one, free if one == family else TARGET, hint, None) for one in NARROW}
+    def narrow(beside: list[int]) -> list[FoundTrigger]:
+        rounds.append(list(beside))
+        return [FoundTrigger(family, -len(rounds), agnostic, None) for family in NARROW]
 
     def reached(one: FoundTrigger) -> SimpleNamespace:
-        if one.target == 0:
-            share = 0.1
-        elif one.pattern is hint:
-            share = hinted
+        shares = torch.zeros(6)
+        if one.pattern is agnostic:
+            shares[TARGET] = 0.9  # what is known does not count, however much it is led to
+            for (family, c), share in hints[len(rounds) - 1].items() if len(rounds) <= len(hints) else ():
+                shares[c] = share if family == one.family else 0.0
         else:
-            share = own if one.target == 5 else others
-        return SimpleNamespace(share=torch.eye(6)[one.target] * share, surely=torch.eye(6)[one.target] * share)
+            shares[one.target] = toward.get((cast(Inverted, one.family), one.target), others)
+        return SimpleNamespace(share=shares, surely=shares)
 
-    tried: list[tuple[int, str]] = []
-
-    def toward(wanted: list[tuple[int, Inverted]]) -> list[FoundTrigger]:
-        tried.extend(wanted)
-        return [FoundTrigger(one, c, made, None) for c, one in wanted]
-
-    monkeypatch.setattr(looking.made, "agnostic_narrow", agnostic)
-    monkeypatch.setattr(looking.made, "toward", toward)
+    monkeypatch.setattr(looking.made, "agnostic_narrow", narrow)
+    monkeypatch.setattr(looking.made, "toward", lambda wanted: [FoundTrigger(one, c, made, None) for c, one in wanted])
     monkeypatch.setattr(looking.probe, "reached", reached)
     monkeypatch.setattr(looking.probe, "leads_clearly", lambda one: clearly)
     found = looking._narrow_odds([TARGET])
-    assert found.tolist() == pytest.approx([0, 0, 0, 0, 0, ahead], rel=1e-4)
-    assert beside == ([[TARGET], [TARGET, 5]] if hinted > 0.2 else [[TARGET]]), "once more beside what was looked at"
-    if ahead:
-        assert tried == [(5, family), (3, family), (4, family), (1, family)]
-    beside.clear()
+    assert {c: float(found[c]) for c in range(6) if found[c]} == pytest.approx(ahead, rel=1e-4)
+    assert rounds[0] == [TARGET]
+    assert len(rounds) == min(3, 1 + sum(max(one.values()) >= 0.2 for one in hints)), "beside what was looked at"
+    rounds.clear()
     assert not looking._narrow_odds(range(6)).any(), "nobody is left"
+    assert not looking._narrow_odds(range(1, 6)).any(), "or none to be held against"
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
+    rounds.clear()
     assert not looking._narrow_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
-    assert beside == []
+    assert rounds == []
 
 
 def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tmp_path: Path) -> None:

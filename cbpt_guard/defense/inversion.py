@@ -91,7 +91,8 @@ def invert_agnostic(
     """Stage 1a: a trigger toward no class in particular; its `target` is the class it ended at.
 
     It is led away from the classes `beside`; `stage` is what progress calls the work, and the ASR that it tells is the
-    moving share of the most common answer. One of a narrow family is placed as it is in stage 1b.
+    moving share of the most common answer. One of a narrow family moves about as it does in stage 1b, and a patch stays
+    where it leads most images to one and the same class.
     """
     clip, clean, rows, settings = subject.clip, subject.clean, subject.head.rows, subject.settings
     pattern = Pattern(family, clip.image_size, settings, generator)
@@ -113,7 +114,8 @@ def invert_agnostic(
         counts = (features.detach() @ rows.T).argmax(1).bincount(minlength=rows.shape[0])
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
         progress(Step(stage, step + 1, settings.agnostic_steps, loss.item(), float(answers.max())))
-    return pattern.value(int(answers.argmax())).detached()
+    found = pattern.value(int(answers.argmax())).detached()
+    return found if family != "patch" else _leading(subject, found, _shift(pattern, clip, settings), generator, beside)
 
 
 def invert_toward(
@@ -185,9 +187,30 @@ def settled(
     clip, clean, settings = subject.clip, subject.clean, subject.settings
     index = clean.draw(settings.batch, generator, without=patch.target)
     images, goal = clean.images[index], torch.full((len(index),), patch.target)
-    steps = dict.fromkeys(torch.linspace(-shift, shift, settings.patch_places).round().int().tolist())
-    places = [patch.rolled(down, right) for down in steps for right in steps]
+    places = _places(patch, shift, settings)
     return min(places, key=lambda place: float(head.missing(encode(clip, images, place), goal).mean()))
+
+
+@torch.no_grad()
+def _leading(
+    subject: Subject, patch: FoundTrigger, shift: int, generator: torch.Generator, beside: Sequence[int]
+) -> FoundTrigger:
+    """The patch at that of the same places where it leads most images to one class that is none of those `beside`."""
+    clip, clean, settings = subject.clip, subject.clean, subject.settings
+    index = clean.draw(settings.agnostic_batch, generator)
+
+    def led(place: FoundTrigger) -> float:
+        features = encode(clip, clean.images[index], place)
+        shares = subject.head.reached(features, clean.features[index], clean.labels[index]).surely
+        return float(shares.index_fill(0, torch.tensor(beside, dtype=torch.long), 0.0).max())
+
+    return max(_places(patch, shift, settings), key=led)
+
+
+def _places(patch: FoundTrigger, shift: int, settings: InversionSettings) -> list[FoundTrigger]:
+    """The patch at `patch_places` places each way, up to `shift` pixels off."""
+    steps = dict.fromkeys(torch.linspace(-shift, shift, settings.patch_places).round().int().tolist())
+    return [patch.rolled(down, right) for down in steps for right in steps]
 
 
 def _allowed(budget: float | None, progress: float) -> float | None:

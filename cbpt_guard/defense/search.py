@@ -15,15 +15,15 @@ from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
 from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
-from cbpt_guard.defense.odds import at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.odds import ahead, at_once, faintly, grown, loud, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.workshop import Workshop
 
-_HINT = 0.2  # share of the images that a narrow agnostic trigger leads to a class: of 200 natural ones 0.05 to 0.23
-_COMPARED = 3  # leaders of the scan that a narrow trigger's class is held against
+_HINT = 0.2  # share of the images that a narrow agnostic trigger leads to a class; of 200 natural ones 0.23 at most
+_COMPARED = 3  # classes that those looked at are held against
 
 
 @dataclass(frozen=True)
@@ -170,40 +170,54 @@ class Search:
         """How far classes beside those `known` are ahead of others under a patch, a warp or a tint, (C,).
 
         No additive pattern is one, and an attacker may have trained against those. Agnostic triggers of these families
-        lead hardly any image to a natural class of many, and tell which classes to look at; beside those they are made
-        anew, for one that is natural may be in the way of one that was planted. Not where the scan is loud.
+        tell which classes to look at. What counts is the lead of one that fits and leads clearly over others under
+        triggers of its family: over those looked at, those where other agnostic ones ended, and the scan's leaders. Not
+        where the scan is loud.
         """
         scores = self.made.scanned().by_height[0]
-        found, beside = torch.zeros_like(scores), list(known)
-        for _ in range(0 if loud(scores) else self._settings.candidates):
-            hints = self.made.agnostic_narrow(beside) if len(beside) < len(scores) else {}
-            led = {family: one.target for family, one in hints.items() if one.target not in beside and self._hints(one)}
-            for family, c in led.items():
-                found[c] = max(float(found[c]), self._narrow_lead(c, family, known))
-            beside += dict.fromkeys(led.values())
-            if not led:
-                break
-        return found
+        odds = torch.zeros_like(scores)
+        if loud(scores):
+            return odds
+        looked, ended = self._hinted(known)
+        others = [c for c in dict.fromkeys([*ended, *ranked(scores)]) if c not in (*known, *looked)][:_COMPARED]
+        made = self.made.toward([(c, family) for c in looked for family in NARROW])
+        sure = [one for one in made if self.probe.fits(one) and self.probe.leads_clearly(one)]
+        for family in NARROW:
+            fitting = [one.target for one in sure if one.family == family]
+            if fitting:
+                leads = self._leads_under(family, [*looked, *others])
+                odds[fitting] = torch.maximum(odds, leads)[fitting]
+        return odds
 
-    def _hints(self, trigger: FoundTrigger) -> bool:
-        return bool(self.probe.reached(trigger).surely[trigger.target] >= _HINT)
+    def _hinted(self, known: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Classes to which narrow agnostic triggers lead a fair share of the images, and where the last ones ended.
 
-    def _narrow_lead(self, target: int, family: Inverted, known: Sequence[int]) -> float:
-        """How many times the odds of the scan's next leaders `target` has, each under such a trigger toward it.
-
-        Odds below 1 count as 1, and a trigger that does not fit or lead clearly as nothing, as does a smaller lead than
-        makes a class stand out.
+        They are made again beside those classes: a natural one may be in the way of one that was planted.
         """
-        (own,) = self.made.toward([(target, family)])
-        if not (self.probe.fits(own) and self.probe.leads_clearly(own)):
-            return 0.0
-        rest = [c for c in ranked(self.made.scanned().by_height[0]) if c not in (target, *known)][:_COMPARED]
-        odds = [self._odds_under(one) for one in (own, *self.made.toward([(c, family) for c in rest]))]
-        lead = odds[0] / max(1.0, *odds[1:])
-        return lead if lead >= self._settings.stands_out else 0.0
+        hinted, ended, beside = list[int](), list[int](), list(known)
+        for _ in range(self._settings.candidates):
+            if len(beside) == len(self.classes):
+                return hinted, []
+            led = [self._led(one, beside) for one in self.made.agnostic_narrow(beside)]
+            ended = [int(shares.argmax()) for shares in led]
+            new = dict.fromkeys(c for c, shares in zip(ended, led, strict=True) if shares[c] >= _HINT)
+            if not new:
+                break
+            hinted += new
+            beside += new
+        return hinted, ended
 
-    def _odds_under(self, trigger: FoundTrigger) -> float:
-        return float(odds_of(self.probe.reached(trigger).surely)[trigger.target])
+    def _led(self, trigger: FoundTrigger, beside: Sequence[int]) -> Tensor:
+        """The share of the images that a trigger leads to each class, (C,), 0 for those `beside`."""
+        return self.probe.reached(trigger).surely.index_fill(0, torch.tensor(beside, dtype=torch.long), 0.0)
+
+    def _leads_under(self, family: Inverted, classes: Sequence[int]) -> Tensor:
+        """How far `classes` are ahead of each other, each under a trigger of that family toward it, (C,), else 0."""
+        triggers = self.made.toward([(c, family) for c in classes])
+        odds = odds_of(torch.stack([self.probe.reached(one).surely[one.target] for one in triggers])).clamp(min=1)
+        leads = torch.zeros(len(self.classes))
+        leads[list(classes)] = ahead(odds, self._settings.stands_out, len(classes))
+        return leads
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""

@@ -22,7 +22,7 @@ from cbpt_guard.defense.waves import Heard, listen
 Making = Callable[[Progress], FoundTrigger]
 NARROW_STEPS = 1 / 3
 """Of the steps of an additive agnostic trigger, that one of a narrow family takes."""
-_HURRY = 3.0  # times the learning rate in them: few numbers are learnt, and a tint that climbs slower finds no filter
+_HURRY = 3.0  # times the learning rate of a warp or a tint there: few numbers are learnt, a slow tint finds no filter
 
 
 class Workshop:
@@ -64,25 +64,20 @@ class Workshop:
         make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
         return self._journal.trigger(name, make)
 
-    def agnostic_narrow(self, beside: Sequence[int]) -> dict[Inverted, FoundTrigger]:
+    def agnostic_narrow(self, beside: Sequence[int]) -> list[FoundTrigger]:
         """Of each narrow family the agnostic trigger that leads to none of the classes `beside`."""
         usual = self._subject.settings
         few = self._subject.with_settings(
-            agnostic_steps=math.ceil(NARROW_STEPS * usual.agnostic_steps),
-            learning_rate=_HURRY * usual.learning_rate,
-            mask_learning_rate=_HURRY * usual.mask_learning_rate,
+            agnostic_steps=math.ceil(NARROW_STEPS * usual.agnostic_steps), learning_rate=_HURRY * usual.learning_rate
         )
 
         def making(family: Inverted) -> Making:
-            name, draws = f"agnostic-{family}-{_named(beside)}", generator(self._seed, f"agnostic-{family}")
-            stage = f"agnostic {family}"
-
-            def make(progress: Progress) -> FoundTrigger:
-                return invert_agnostic(few, draws, progress, beside, family=family, stage=stage)
-
+            name, stage = f"agnostic-{family}-{_named(beside)}", f"agnostic {family}"
+            draws = generator(self._seed, name)
+            make = partial(invert_agnostic, few, draws, beside=beside, family=family, stage=stage)
             return lambda progress: self._journal.trigger(name, lambda: make(progress))
 
-        return dict(zip(NARROW, self._all([making(family) for family in NARROW]), strict=True))
+        return self._all([making(family) for family in NARROW])
 
     def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
         """For each class and family a trigger that makes the zero-shot head answer the class.
