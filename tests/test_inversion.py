@@ -25,10 +25,11 @@ from cbpt_guard.defense.inversion import (
     agnostic_loss,
     invert_agnostic,
     invert_toward,
+    leading,
 )
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.odds import faintly
-from cbpt_guard.defense.pattern import Pattern
+from cbpt_guard.defense.pattern import Pattern, square
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.settings import InversionSettings, RuleSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -224,6 +225,19 @@ def test_the_agnostic_trigger_ends_at_the_planted_target() -> None:
     assert found.target == TARGET
     assert found.family == "additive"
     assert asr(clip, found) > 0.9
+
+
+@pytest.mark.parametrize(("beside", "last"), [([5], True), ([TARGET], False)])
+def test_an_agnostic_patch_stays_where_it_leads_most_images_to_one_class(beside: list[int], last: bool) -> None:
+    """To one that counts: the stripes are the target in one corner and class 5 in the opposite one."""
+    clip, mask = PlantedClip(TARGET, second=5), square(16, 4)
+    paint = torch.zeros(3, 16, 16)
+    paint[:, 6:10, 6:10] = clip.stripes / 2 + 0.5
+    subject, patch = clip.subject(SETTINGS), FoundTrigger("patch", 0, mask * paint, mask)
+    found = leading(subject, patch, 6, generator(0, "places"), beside)
+    assert found.mask is not None
+    half = slice(8, None) if last else slice(8)
+    assert found.mask[:, half, half].sum() == 16
 
 
 def test_parts_of_a_batch_give_the_whole_batchs_trigger(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def invert_agnostic(
         answers = 0.8 * answers + 0.2 * counts / settings.agnostic_batch
         progress(Step(stage, step + 1, settings.agnostic_steps, loss.item(), float(answers.max())))
     found = pattern.value(int(answers.argmax())).detached()
-    return found if family != "patch" else _leading(subject, found, _shift(pattern, clip, settings), generator, beside)
+    return found if family != "patch" else leading(subject, found, _shift(pattern, clip, settings), generator, beside)
 
 
 def invert_toward(
@@ -192,7 +192,7 @@ def settled(
 
 
 @torch.no_grad()
-def _leading(
+def leading(
     subject: Subject, patch: FoundTrigger, shift: int, generator: torch.Generator, beside: Sequence[int]
 ) -> FoundTrigger:
     """The patch at that of the same places where it leads most images to one class that is none of those `beside`."""
