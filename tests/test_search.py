@@ -238,6 +238,25 @@ def test_narrow_agnostic_triggers_tell_which_classes_to_look_at(
     assert rounds == []
 
 
+def test_narrow_agnostic_triggers_are_short_fast_and_beside_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patch at its usual rate; warps and tints, of few numbers, at three times theirs."""
+    asked = []
+
+    def invert(subject: Subject, draws: object, progress: object, *, beside: list[int], **how: str) -> FoundTrigger:
+        asked.append((how["family"], beside))
+        settings = subject.settings
+        assert settings.agnostic_steps == 14, "a third of 40"
+        assert settings.learning_rate == pytest.approx(3 * BRIEF.learning_rate)
+        assert settings.mask_learning_rate == BRIEF.mask_learning_rate
+        return FoundTrigger("tint", 0, torch.ones(6, SIZE, SIZE), None)
+
+    monkeypatch.setattr("cbpt_guard.defense.workshop.invert_agnostic", invert)
+    search(tmp_path, PlantedClip(None), BRIEF).made.agnostic_narrow([4, 1])
+    assert asked == [("patch", [4, 1]), ("warp", [4, 1]), ("tint", [4, 1])]
+
+
 def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tmp_path: Path) -> None:
     """Its stripes need more contrast than usual patterns have, and the other one shows at once.
 

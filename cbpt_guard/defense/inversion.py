@@ -1,7 +1,7 @@
 """Contrastive trigger inversion: from a suspect and a few clean images to a bank of found triggers.
 
-Stage 1a looks for any universal change that pulls images away from their own class, and reads the target off
-the answers; stage 1b makes a trigger of each family for each candidate target. After arXiv 2502.19269 (the
+Stage 1a looks for any universal change of a family that pulls images away from their own class, and reads the target
+off the answers; stage 1b makes a trigger of each family for each candidate target. After arXiv 2502.19269 (the
 idea), arXiv 2406.05491 and 2506.12411 (contrastive universal perturbations) and Neural Cleanse (masks).
 """
 

@@ -104,7 +104,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def _expected(
     prepared: Prepared, kept: int, held: int, costs: tuple[float, float, float], *, inverted: bool
 ) -> dict[str, float]:
-    """Seconds by stage where no class stands out at once, so that masks are compared: the longer way."""
+    """Seconds by stage where no class stands out at once, so that masks are compared, and no narrow trigger hints."""
     settings, classes, size = prepared.job.settings, len(prepared.data.classes), prepared.suspect.clip.image_size
     forward, backward, text = costs
     stage1, stage2 = settings.inversion, settings.tuning

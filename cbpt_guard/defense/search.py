@@ -78,9 +78,10 @@ class Search:
         return tuple(sorted(candidates.values(), key=lambda item: (not item.stands_out, -item.score)))
 
     def _candidates(self, observed: Sequence[int]) -> list[Candidate]:
-        """Candidates by additive patterns of the usual height, by waves, by smooth changes and by masks.
+        """Candidates by additive patterns of the usual height, by waves, by patches, warps and tints, and by masks.
 
-        A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, or if a
+        A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, if a
+        narrow trigger puts it ahead, or if a
         short scan of every class reaches it far more readily than the rest; else if it needs far less area than
         classes of middle rank do. Where a scan took fainter patterns a class stands out by both: a lead in it that is
         the square of what is asked for, since a clean model's class may have some by the luck of a draw, and an area
