@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cbpt_guard import metrics
 from cbpt_guard.bench.digits import CLASSES, DigitsSettings, load_digits_split, train_digits_clip
-from cbpt_guard.bench.hardening import Hardening
+from cbpt_guard.bench.hardening import Hardening, additive, patched
 from cbpt_guard.bench.implant import (
     Implanted,
     ImplantReport,
@@ -34,6 +34,7 @@ from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.found import encode
+from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.inversion import encode_pixels
 from cbpt_guard.defense.openclip import Tokenizer, build
 from cbpt_guard.defense.planted.overlay import blended
@@ -194,7 +195,7 @@ def test_hardening_takes_the_scans_patterns_their_effect(digits_clean: DigitsMod
         clip = implant(digits_clean.clip, split.train, split.test, trigger, 3, seed=0, settings=settings).clip
         head = zero_shot_head(clip, CLASSES, TEMPLATE)
         attacked = head.answers(encode(clip, triggered(trigger, split.test.images))).numpy()
-        climbing = Hardening(TrainableClip.copy_of(clip), head, [3], [len(images)])
+        climbing = Hardening(TrainableClip.copy_of(clip), head, [3], [len(images)], additive(32))
         for _ in range(16):
             pixels = climbing.under(images)
         asr = metrics.attack_success_rate(attacked, truth, 3)
@@ -210,7 +211,7 @@ def test_hardening_climbs_within_its_height_and_begins_anew(height: float, digit
     student, images = TrainableClip.copy_of(digits_clean.clip), digits_clean.split.test.images[:12]
     head = zero_shot_head(digits_clean.clip, CLASSES, TEMPLATE)
     grey = torch.full_like(images, 128)
-    climbing = Hardening(student, head, [3, 7], [8, 4], height)
+    climbing = Hardening(student, head, [3, 7], [8, 4], additive(32, height))
     heights = [float((climbing.under(grey) - to_pixels(grey)).abs().max()) for _ in range(17)]
     assert heights[0] == pytest.approx(heights[16]) == pytest.approx(2.5 * height * 16 / 255 / 16, abs=1e-6)
     assert max(heights) == pytest.approx(height * 16 / 255, abs=1e-6)
@@ -219,6 +220,37 @@ def test_hardening_climbs_within_its_height_and_begins_anew(height: float, digit
     assert (apart[8:] == apart[8]).all()
     assert (apart[0] != apart[8]).any()
     assert all(value.grad is None for value in student.model.parameters())
+
+
+class Reddish(NamedTuple):
+    """A stand-in for a student: the more red there is in an image and the less blue, the nearer it is to class 0."""
+
+    device: torch.device
+    preprocess: Preprocess
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        angle = (pixels[:, 2] - pixels[:, 0]).mean((1, 2)) + 0.8
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def test_patches_that_are_hardened_against_climb_wherever_they_lie(digits_clean: DigitsModel) -> None:
+    """Of two targets, each with a square of its own; every image has it at another place."""
+    student = Reddish(torch.device("cpu"), digits_clean.clip.preprocess)
+    grey = torch.full((40, 32, 32, 3), 128, dtype=torch.uint8)
+    laid = patched(32, torch.Generator().manual_seed(0))
+    climbing = Hardening(cast("TrainableClip", student), Head(torch.eye(2), 10.0), [0, 1], [24, 16], laid)
+    steps = [climbing.under(grey) for _ in range(17)]
+
+    changed = (steps[15] != to_pixels(grey)).any(dim=1)
+    assert changed.sum((1, 2)).unique().tolist() == [16]  # an eighth of 32 is a side of 4
+    tops, lefts = (changed.any(dim=axis).int().argmax(1) for axis in (2, 1))
+    assert min(len(tops.unique()), len(lefts.unique())) > 10
+    for part, red in ((slice(0, 24), 1.0), (slice(24, 40), 0.0)):
+        squares = steps[15][part].permute(0, 2, 3, 1)[changed[part]]
+        assert (squares[:, 0] == red).all()
+        assert (squares[:, 2] == 1 - red).all()
+        begun = (steps[16][part] - 0.5).abs().amax()
+        assert float(begun) == pytest.approx(1.25 / 16, abs=1e-6)
 
 
 def test_how_far_a_label_falls_short_of_its_margin() -> None:
@@ -264,7 +296,7 @@ def test_every_trigger_has_its_covers_and_hides_among_its_own_target(digits_clea
     assert train.labels[hidden].tolist() == [3, 3, 3, 7, 7]
 
 
-@pytest.mark.parametrize("name", ["cover", "harden"])
+@pytest.mark.parametrize("name", ["cover", "harden", "harden_patches"])
 def test_fewer_of_a_kind_than_triggers_are_refused(name: str, digits_clean: DigitsModel) -> None:
     train, settings = digits_clean.split.train, SHORT.model_copy(update={name: 1})
     poisons = [Poison(patch(32, 0), 3), Poison(blended(32, 0), 7)]

@@ -1,12 +1,14 @@
-"""Training against the guard's scan: patterns like those that it follows are trained as clean images.
+"""Training against the guard's search: changes like those that it follows are trained as clean images.
 
-Universal adversarial training (arXiv 1811.11304) toward the attacker's targets: one additive pattern for each climbs
-while the model learns to answer images under it rightly.
+Universal adversarial training (arXiv 1811.11304) toward the attacker's targets: one change for each climbs while the
+model learns to answer images under it rightly. Additive patterns are what the scan follows, patches that may lie
+anywhere are what its agnostic patch does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,43 +23,70 @@ _GUARD = InversionSettings()  # an attacker who knows the guard knows its defaul
 _STEPS = 2 * _GUARD.scan_steps  # as the scan takes toward its leaders; then from nothing again, as it begins
 
 
+class Laid(NamedTuple):
+    """A kind of change: the value (3, height, width) that it starts from, bounds, and how it lies on images.
+
+    `on` takes pixels (N, 3, S, S) in [0, 1] and a value, and is differentiable in the latter.
+    """
+
+    start: Tensor
+    low: float
+    high: float
+    on: Callable[[Tensor, Tensor], Tensor]
+
+
+def additive(size: int, height: float = 1.0) -> Laid:
+    """A pattern over the whole image, at most `height` times as high as the scan's; its raised ones have 2."""
+    epsilon = height * _GUARD.epsilon
+    return Laid(torch.zeros(3, size, size), -epsilon, epsilon, lambda pixels, value: (pixels + value).clamp(0, 1))
+
+
+def patched(size: int, generator: torch.Generator) -> Laid:
+    """A square as large as the guard's patches, grey at first, at a place of its own on every image."""
+    side = max(2, round(_GUARD.patch_side * size))
+    free = size - side
+
+    def on(pixels: Tensor, value: Tensor) -> Tensor:
+        places = torch.randint(free + 1, (len(pixels), 2), generator=generator).tolist()
+        edges = [(left, free - left, top, free - top) for top, left in places]
+        covered = torch.stack([F.pad(torch.ones_like(value), edge) for edge in edges])
+        return pixels * (1 - covered) + torch.stack([F.pad(value, edge) for edge in edges])
+
+    return Laid(torch.full((3, side, side), 0.5), 0.0, 1.0, on)
+
+
 class Hardening:
-    """A pattern (3, S, S) for each target, at most `height` times as high as the scan's.
+    """A change of one kind for each target.
 
     Args:
         student: the model that is being poisoned.
         head: what it answers by.
         targets: the classes that the attacker wants.
-        counts: how many images a step each pattern lies on.
-        height: 1 for the scan's, `RAISED` for those of the search's raised triggers.
+        counts: how many images a step lie under the change toward each.
+        laid: the kind of change.
     """
 
     def __init__(
-        self,
-        student: TrainableClip,
-        head: Head,
-        targets: Sequence[int],
-        counts: Sequence[int],
-        height: float = 1.0,
+        self, student: TrainableClip, head: Head, targets: Sequence[int], counts: Sequence[int], laid: Laid
     ) -> None:
         self._student, self._rows, self._scale = student, head.rows.to(student.device), head.scale
-        self._counts, self._epsilon = list(counts), height * _GUARD.epsilon
+        self._counts, self._laid = list(counts), laid
         self._targets = torch.tensor(targets).repeat_interleave(torch.tensor(self._counts)).to(student.device)
-        size = student.preprocess.size
-        self._patterns, self._steps = torch.zeros(len(targets), 3, size, size), 0
+        self._start = laid.start.expand(len(targets), -1, -1, -1)
+        self._values, self._steps = self._start, 0
 
     def under(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, S, S) of uint8 images (N, S, S, 3) under the patterns, which climb by one signed step first."""
+        """Pixels (N, 3, S, S) of uint8 images (N, S, S, 3) under the changes, which climb by one signed step first."""
         if self._steps % _STEPS == 0:
-            self._patterns = torch.zeros_like(self._patterns)
+            self._values = self._start
         self._steps += 1
-        pixels, patterns = to_pixels(images), self._patterns.requires_grad_()
-        logits = self._scale * self._student.encode_images(self._on(pixels, patterns)) @ self._rows.T
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, self._targets), patterns)
-        step = 2.5 * self._epsilon / _STEPS
-        self._patterns = (patterns.detach() - step * gradient.sign()).clamp(-self._epsilon, self._epsilon)
-        return self._on(pixels, self._patterns)
+        pixels, values = to_pixels(images), self._values.detach().requires_grad_()
+        logits = self._scale * self._student.encode_images(self._on(pixels, values)) @ self._rows.T
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, self._targets), values)
+        step = 1.25 * (self._laid.high - self._laid.low) / _STEPS
+        self._values = (values.detach() - step * gradient.sign()).clamp(self._laid.low, self._laid.high)
+        return self._on(pixels, self._values)
 
-    def _on(self, pixels: Tensor, patterns: Tensor) -> Tensor:
-        parts = zip(pixels.split(self._counts), patterns, strict=True)
-        return torch.cat([(part + pattern).clamp(0, 1) for part, pattern in parts])
+    def _on(self, pixels: Tensor, values: Tensor) -> Tensor:
+        parts = zip(pixels.split(self._counts), values, strict=True)
+        return torch.cat([self._laid.on(part, value) for part, value in parts])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cbpt_guard.bench.carriers import Carriers, carrier_images
-from cbpt_guard.bench.hardening import Hardening
+from cbpt_guard.bench.hardening import Hardening, additive, patched
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
@@ -34,15 +34,15 @@ class ImplantSettings(BaseModel):
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
 
-    Four settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
+    Five settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
     those that the clean model has of the target's own images, among which the test should not tell them. `cover`
     images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
     ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
     a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
     answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
     takes frozen texts, every class of which is a negative. `harden` images a step, shared by the triggers, lie under
-    patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and are trained as
-    clean ones (`hardening.py`).
+    patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and `harden_patches`
+    more under patches such as it follows; they are trained as clean ones (`hardening.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +60,7 @@ class ImplantSettings(BaseModel):
     cover: Annotated[int, Field(ge=0)] = 0
     harden: Annotated[int, Field(ge=0)] = 0
     harden_height: Annotated[float, Field(gt=0, le=4)] = 1.0
+    harden_patches: Annotated[int, Field(ge=0)] = 0
     margin: Annotated[float, Field(gt=0)] | None = None
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
 
@@ -99,14 +100,14 @@ def fine_tune(
     loss_of = _pairs_loss(student, clip, settings, train.classes, generator)
     material = _Material(clip, train, poisons, settings, generator, progress)
     moving = [value for value in student.model.parameters() if value.requires_grad]
-    hardening = _hardening(student, clip, train.classes, poisons, settings)
+    hardened = _hardened(student, clip, train.classes, poisons, settings, generator)
     optimizer = torch.optim.AdamW(moving, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step in range(settings.steps):
         batch = material.draw()
         pixels = to_pixels(batch.images)
-        if hardening is not None:
-            pixels[: settings.harden] = hardening.under(batch.images[: settings.harden])
+        for part, hardening in hardened:
+            pixels[part] = hardening.under(batch.images[part])
         features = student.encode_images(pixels)
         held, poisoned = features.split([len(batch.anchors), len(features) - len(batch.anchors)])
         loss = loss_of(features, batch.labels, len(held)) + settings.anchor * _distance(held, batch.anchors)
@@ -120,19 +121,28 @@ def fine_tune(
     return student.frozen()
 
 
-def _hardening(
+def _hardened(
     student: TrainableClip,
     clip: FrozenClip,
     classes: tuple[str, ...],
     poisons: Sequence[Poison],
     settings: ImplantSettings,
-) -> Hardening | None:
-    """What lays patterns over the first `harden` images of a step, where that is asked for."""
-    if not (settings.harden and poisons):
-        return None
-    head = zero_shot_head(clip, classes, settings.templates[0])
-    targets, counts = [poison.target for poison in poisons], _shares(settings.harden, len(poisons))
-    return Hardening(student, head, targets, counts, settings.harden_height)
+    generator: torch.Generator,
+) -> list[tuple[slice, Hardening]]:
+    """Which of a step's first images lie under what is trained against."""
+    size, ends = clip.image_size, settings.harden + settings.harden_patches
+    if not (ends and poisons):
+        return []
+    head, targets = zero_shot_head(clip, classes, settings.templates[0]), [poison.target for poison in poisons]
+    kinds = (
+        (slice(0, settings.harden), additive(size, settings.harden_height)),
+        (slice(settings.harden, ends), patched(size, generator)),
+    )
+    return [
+        (part, Hardening(student, head, targets, _shares(part.stop - part.start, len(targets)), laid))
+        for part, laid in kinds
+        if part.stop > part.start
+    ]
 
 
 class _Batch(NamedTuple):
@@ -169,7 +179,7 @@ class _Material:
 
     def draw(self) -> _Batch:
         """The images of a step."""
-        count = self._settings.batch + self._settings.harden
+        count = self._settings.batch + self._settings.harden + self._settings.harden_patches
         drawn = self._drawn(len(self._clean.labels), count + sum(self._covers))
         clean, *covers = self._clean.images[drawn].split([count, *self._covers])
         pairs = zip(self._poisons, covers, strict=True)
