@@ -14,7 +14,7 @@ from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.metrics import attack_success_rate, exceeds, largest_share, poisoned_accuracy
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
-_SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; they had 0.93 and more
+_SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; most had 0.93 and more
 
 
 @dataclass(frozen=True)
