@@ -22,6 +22,8 @@ from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
 
+from cbpt_guard.defense.calibration import SEARCH
+
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
 
@@ -63,6 +65,7 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
         "purify_seconds": round(seconds, 1),
         "ft_seconds": round(trained, 1),
         "epochs": FT.epochs,
+        "search": SEARCH,
         "others_cores": round(watch.others(), 2),
         **stamp(),
     }
@@ -109,7 +112,8 @@ def told(measured: list[dict[str, Any]]) -> str:
     last = {line["model"]: line for line in measured}
     rows = [
         f"{name}: {line['purify_seconds']:.0f} s of purify, {line['ft_seconds']:.0f} s for {line['epochs']} epochs of "
-        f"FT, {line['ratio']:.2f} times ({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
+        f"FT, {line['ratio']:.2f} times (search {line.get('search', 'not said')}; {line['machine']}; other processes "
+        f"took {line['others_cores']:.1f} cores)"
         for name, line in last.items()
     ]
     return "\n".join(f"- {row}" for row in rows) or "Not measured yet."

@@ -17,6 +17,8 @@ from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
 
+from cbpt_guard.defense.calibration import SEARCH
+
 HERE = Path(__file__).parent
 LINES, PAGE = HERE / "scan_time.jsonl", HERE.parent / "docs" / "scan.md"
 MOST_MINUTES = {"suspect-badnet": 3, "mobilenet-clip": 12}
@@ -46,6 +48,7 @@ def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
         "seconds": round(took.seconds, 1),
         "cpu_seconds": round(took.cpu_seconds, 1),
         "peak_mb": took.peak_mb,
+        "search": SEARCH,
         "others_cores": round(watch.others(), 2),
         **stamp(),
     }
@@ -67,7 +70,8 @@ def _told(line: dict[str, Any]) -> str:
     kept = "within" if minutes <= most else "**not within**"
     return (
         f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it is held to, {line['peak_mb']} MiB "
-        f"({line['machine']}; other processes took {line['others_cores']:.1f} cores)"
+        f"(search {line.get('search', 'not said')}; {line['machine']}; "
+        f"other processes took {line['others_cores']:.1f} cores)"
     )
 
 

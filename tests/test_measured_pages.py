@@ -80,20 +80,26 @@ def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -
 
     assert between(ft_time.METHOD, "ft") == ft_time.told(ft_time.lines())
     line: dict[str, Any] = {"model": "a", "purify_seconds": 60.4, "ft_seconds": 100.0, "ratio": 0.604, "epochs": 10}
+    line |= {"search": 6}
     line |= {"machine": "2 cores", "others_cores": 0.04}
     text = ft_time.told([line | {"ratio": 0.9}, line])
-    assert (
-        text == "- a: 60 s of purify, 100 s for 10 epochs of FT, 0.60 times (2 cores; other processes took 0.0 cores)"
-    )
+    told = "60 s of purify, 100 s for 10 epochs of FT, 0.60 times (search 6; 2 cores; other processes took 0.0 cores)"
+    assert text == f"- a: {told}"
 
 
 def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
     import scan_time  # beside `commands`
 
     assert between(scan_time.PAGE, "time") == scan_time.told(scan_time.lines())
-    line: dict[str, Any] = {"model": "suspect-badnet", "peak_mb": 900, "machine": "2 cores", "others_cores": 0.04}
+    line: dict[str, Any] = {
+        "model": "suspect-badnet",
+        "peak_mb": 900,
+        "search": 6,
+        "machine": "2 cores",
+        "others_cores": 0.04,
+    }
     fast, slow = (scan_time.told([line | {"seconds": seconds}]) for seconds in (180.0, 186.0))
-    rest = "the 3 that it is held to, 900 MiB (2 cores; other processes took 0.0 cores)"
+    rest = "the 3 that it is held to, 900 MiB (search 6; 2 cores; other processes took 0.0 cores)"
     assert fast == f"- suspect-badnet: 3.0 min, within {rest}"
     assert slow == f"- suspect-badnet: 3.1 min, **not within** {rest}"
     assert scan_time.told([]) == "Not measured yet."
