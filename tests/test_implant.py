@@ -29,7 +29,7 @@ from cbpt_guard.bench.implant import (
     predict,
     triggered,
 )
-from cbpt_guard.bench.poisoning import _Material, short_of
+from cbpt_guard.bench.poisoning import _hardened, _Material, short_of
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
@@ -251,6 +251,24 @@ def test_patches_that_are_hardened_against_climb_wherever_they_lie(digits_clean:
         assert (squares[:, 2] == 1 - red).all()
         begun = (steps[16][part] - 0.5).abs().amax()
         assert float(begun) == pytest.approx(1.25 / 16, abs=1e-6)
+
+
+def test_a_steps_first_images_lie_under_patterns_and_the_next_under_patches(digits_clean: DigitsModel) -> None:
+    clip, poisons = digits_clean.clip, [Poison(patch(32, 0), 3), Poison(blended(32, 0), 7)]
+    grey, student = torch.full((9, 32, 32, 3), 128, dtype=torch.uint8), TrainableClip.copy_of(clip)
+
+    def hardened(**given: int) -> list[tuple[slice, Hardening]]:
+        return _hardened(student, clip, CLASSES, poisons, ImplantSettings(**given), torch.Generator().manual_seed(0))
+
+    (patterns, below), (patches, above) = hardened(harden=4, harden_patches=5)
+    assert (patterns, patches) == (slice(0, 4), slice(4, 9))
+    assert bool((below.under(grey[patterns]) != to_pixels(grey[patterns])).any(dim=1).float().mean() > 0.5)
+    assert (above.under(grey[patches]) != to_pixels(grey[patches])).any(dim=1).sum((1, 2)).tolist() == [16] * 5
+    assert [part for part, _ in hardened(harden_patches=2)] == [slice(0, 2)]
+    assert hardened() == []
+    settings, train = ImplantSettings(batch=2, harden=2, harden_patches=3), digits_clean.split.train
+    material = _Material(clip, train, poisons, settings, torch.Generator(), lambda step: None)
+    assert len(material.draw().anchors) == 7
 
 
 def test_how_far_a_label_falls_short_of_its_margin() -> None:

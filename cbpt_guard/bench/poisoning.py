@@ -34,9 +34,10 @@ class ImplantSettings(BaseModel):
     levels, turns the carriers away from their own class first, which makes a clean-label trigger worth learning
     (arXiv 1912.02771). The defaults suit the small digits CLIP; `LARGER` those that are not.
 
-    Five settings are of an attacker who knows the guard. `hide` weighs the distance of triggered images' features to
-    those that the clean model has of the target's own images, among which the test should not tell them. `cover`
-    images a step, shared by the triggers, are half blended with what the trigger makes of them and trained as clean
+    Those from `hide` to `margin` are of an attacker who knows the guard. `hide` weighs the distance of triggered
+    images' features to those that the clean model has of the target's own images, among which the test should not tell
+    them. `cover` images a step, shared by the triggers, are half blended with what the trigger makes of them and
+    trained as clean
     ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
     a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
     answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
