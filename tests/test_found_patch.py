@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from planted import SIZE, PlantedClip
 from torch import Tensor
 
+from cbpt_guard.defense.classscan import Scanned
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.inversion import invert_toward
+from cbpt_guard.defense.inversion import invert_toward, leading
 from cbpt_guard.defense.journal import Journal
-from cbpt_guard.defense.pattern import Pattern, square
+from cbpt_guard.defense.pattern import Pattern, inside, square
 from cbpt_guard.defense.progress import Step, silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
@@ -96,6 +97,58 @@ def test_toward_an_innocent_class_it_is_given_up_early() -> None:
     assert reached(PlantedClip(None), found) < 0.5
 
 
+class CornerClip(PlantedClip):
+    """Reads fine stripes as the target that begin at most two pixels from where they would lie in one corner."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        corner = pixels.mean(1, keepdim=True)[..., -SIDE - 2 :, -SIDE - 2 :]
+        seen = F.conv2d(corner, self.stripes[None, None] / SIDE**2).amax((1, 2, 3))
+        strength = F.softplus(40 * (seen - 0.1)) / 4
+        return F.normalize(self._coarse(pixels) + strength[:, None] * self.head.rows[TARGET], dim=1)
+
+
+def test_one_that_is_kept_at_a_place_finds_what_answers_there_alone() -> None:
+    """It moves by a pixel, and never out of the image."""
+    clip, settings = CornerClip(), SETTINGS.model_copy(update={"shift": 1 / SIZE})
+    anywhere, steps = inverted(clip, settings)
+    assert steps == 20, "given up"
+    assert reached(clip, anywhere) < 0.5
+    draws, corner = generator(0, "test"), (SIZE - SIDE, SIZE - SIDE)
+    found = invert_toward(clip.subject(settings), TARGET, "patch", draws, silent, at=corner)
+    assert reached(clip, found) > 0.9
+    assert min(found.place) >= SIZE - SIDE - 2
+    assert Pattern("patch", SIZE, settings, draws, corner).value(TARGET).place == (11, 11)
+    assert Pattern("patch", SIZE, settings, draws, (0, 5)).value(TARGET).place == (1, 5)
+
+
+class WhiteClip(PlantedClip):
+    """What is white in a square of the image is the target, and more surely so the more it is."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        seen = pixels[:, :, 9:13, 9:13].gt(0.99).float().mean((1, 2, 3))
+        strength = 0.8 * (seen > 0) + 0.3 * seen
+        return F.normalize(self._coarse(pixels) + strength[:, None] * self.head.rows[TARGET], dim=1)
+
+
+def test_an_agnostic_patch_stays_between_the_places_first_tried_where_that_leads_more_images() -> None:
+    """Those are 0, 6 and 12 each way; it is white all over."""
+    subject = WhiteClip(None).subject(SETTINGS.model_copy(update={"patch_places": 3}))
+    mask = square(SIZE, SIDE)
+    patch = FoundTrigger("patch", TARGET, mask.expand(3, -1, -1), mask)
+    shift = (SIZE - SIDE) // 2
+    assert leading(subject, patch, shift, generator(0, "test"), []).place == (9, 9)
+    assert reached(WhiteClip(None), patch.rolled(3, 3)) > 2 * reached(WhiteClip(None), patch.rolled(6, 6)) > 0
+
+
+@pytest.mark.parametrize(("margin", "place"), [(0, (12, 3)), (2, (10, 3)), (4, (8, 4)), (7, (7, 5))])
+def test_the_nearest_place_from_which_a_square_may_move(margin: int, place: tuple[int, int]) -> None:
+    """Where there is no such place, one between."""
+    assert inside((12, 3), 4, 16, margin) == place
+
+
 @pytest.mark.parametrize(
     ("clip", "held"), [(AnywhereClip(True), True), (PlantedClip(None), False)], ids=["anywhere", "innocent"]
 )
@@ -132,6 +185,31 @@ def test_a_patch_that_no_additive_pattern_shows_is_found_behind_one_that_shows_a
     hidden = next(item for item in findings.candidates if item.index == TARGET)
     assert not hidden.raised, "higher patterns do not show it either"
     assert hidden.share < 0.5
+
+
+def test_a_patch_that_answers_at_its_place_alone_is_found_where_an_agnostic_one_hints_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anywhere else it is given up; the one that is found is in the bank, and no other is."""
+    clip, corner = CornerClip(), (SIZE - SIDE, SIZE - SIDE)
+    subject = clip.subject(SETTINGS.model_copy(update={"shift": 1 / SIZE}))
+    hint = invert_toward(subject, TARGET, "patch", generator(1, "test"), silent, at=corner)
+    dull = {family: FoundTrigger(family, 0, hint.pattern * 0, None) for family in ("masked", "additive")}
+    searching = Search(subject, [f"class {number}" for number in range(6)], 0, Journal(tmp_path, {}), silent)
+    made = searching.made
+    monkeypatch.setattr(made, "agnostic", lambda: dull["additive"])
+    monkeypatch.setattr(made, "raised_agnostic", lambda known: dull["additive"])
+    monkeypatch.setattr(
+        made, "agnostic_narrow", lambda beside: [hint if one == "patch" else dull["masked"] for one in beside]
+    )
+    monkeypatch.setattr(made, "scanned", lambda: Scanned(torch.full((1, 6), -9.0)))
+    findings = searching.run()
+    assert findings.suspects == [TARGET]
+    assert findings.candidates[0].score > SETTINGS.stands_out
+    (patch,) = [one for one in findings.bank if one.family == "patch"]
+    assert min(patch.place) >= SIZE - SIDE - 2
+    assert searching.probe.fits(patch)
+    assert not torch.equal(patch.pattern, hint.pattern), "made anew"
 
 
 @pytest.mark.parametrize(("size", "side"), [(16, 4), (16, 5), (7, 2)])

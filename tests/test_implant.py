@@ -195,7 +195,7 @@ def test_hardening_takes_the_scans_patterns_their_effect(digits_clean: DigitsMod
         clip = implant(digits_clean.clip, split.train, split.test, trigger, 3, seed=0, settings=settings).clip
         head = zero_shot_head(clip, CLASSES, TEMPLATE)
         attacked = head.answers(encode(clip, triggered(trigger, split.test.images))).numpy()
-        climbing = Hardening(TrainableClip.copy_of(clip), head, [3], [len(images)], additive(32))
+        climbing = Hardening(TrainableClip.copy_of(clip), head, [3], [len(images)], [additive(32)])
         for _ in range(16):
             pixels = climbing.under(images)
         asr = metrics.attack_success_rate(attacked, truth, 3)
@@ -211,7 +211,7 @@ def test_hardening_climbs_within_its_height_and_begins_anew(height: float, digit
     student, images = TrainableClip.copy_of(digits_clean.clip), digits_clean.split.test.images[:12]
     head = zero_shot_head(digits_clean.clip, CLASSES, TEMPLATE)
     grey = torch.full_like(images, 128)
-    climbing = Hardening(student, head, [3, 7], [8, 4], additive(32, height))
+    climbing = Hardening(student, head, [3, 7], [8, 4], 2 * [additive(32, height)])
     heights = [float((climbing.under(grey) - to_pixels(grey)).abs().max()) for _ in range(17)]
     assert heights[0] == pytest.approx(heights[16]) == pytest.approx(2.5 * height * 16 / 255 / 16, abs=1e-6)
     assert max(heights) == pytest.approx(height * 16 / 255, abs=1e-6)
@@ -238,7 +238,7 @@ def test_patches_that_are_hardened_against_climb_wherever_they_lie(digits_clean:
     student = Reddish(torch.device("cpu"), digits_clean.clip.preprocess)
     grey = torch.full((40, 32, 32, 3), 128, dtype=torch.uint8)
     laid = patched(32, torch.Generator().manual_seed(0))
-    climbing = Hardening(cast("TrainableClip", student), Head(torch.eye(2), 10.0), [0, 1], [24, 16], laid)
+    climbing = Hardening(cast("TrainableClip", student), Head(torch.eye(2), 10.0), [0, 1], [24, 16], [laid, laid])
     steps = [climbing.under(grey) for _ in range(17)]
 
     changed = (steps[15] != to_pixels(grey)).any(dim=1)
@@ -265,6 +265,13 @@ def test_a_steps_first_images_lie_under_patterns_and_the_next_under_patches(digi
     assert bool((below.under(grey[patterns]) != to_pixels(grey[patterns])).any(dim=1).float().mean() > 0.5)
     assert (above.under(grey[patches]) != to_pixels(grey[patches])).any(dim=1).sum((1, 2)).tolist() == [16] * 5
     assert [part for part, _ in hardened(harden_patches=2)] == [slice(0, 2)]
+    ((part, here),) = hardened(harden_here=9)
+    assert part == slice(0, 9)
+    changed = (here.under(grey) != to_pixels(grey)).any(dim=1)
+    assert changed.sum((1, 2)).tolist() == [16] * 9
+    marked = (patch(32, 0).apply(grey[:1].numpy()) != grey[:1].numpy()).any(axis=(0, 3))
+    assert marked.sum() == (changed[:5] & torch.from_numpy(marked)).sum((1, 2)).float().mean(), "where the trigger lies"
+    assert {tuple(one.nonzero()[0].tolist()) for one in changed[5:]} == {(14, 14)}, "or in its middle"
     assert hardened() == []
     settings, train = ImplantSettings(batch=2, harden=2, harden_patches=3), digits_clean.split.train
     material = _Material(clip, train, poisons, settings, torch.Generator(), lambda step: None)
@@ -314,7 +321,7 @@ def test_every_trigger_has_its_covers_and_hides_among_its_own_target(digits_clea
     assert train.labels[hidden].tolist() == [3, 3, 3, 7, 7]
 
 
-@pytest.mark.parametrize("name", ["cover", "harden", "harden_patches"])
+@pytest.mark.parametrize("name", ["cover", "harden", "harden_patches", "harden_here"])
 def test_fewer_of_a_kind_than_triggers_are_refused(name: str, digits_clean: DigitsModel) -> None:
     train, settings = digits_clean.split.train, SHORT.model_copy(update={name: 1})
     poisons = [Poison(patch(32, 0), 3), Poison(blended(32, 0), 7)]

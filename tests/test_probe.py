@@ -37,7 +37,7 @@ def test_a_trigger_leads_clearly_by_more_than_half_of_the_right_answers(
     clip = PlantedClip(0)
     clean = uneven(clip, 60, 8)
     probe = Probe(clip.subject(SETTINGS, clean), 0)
-    monkeypatch.setattr(Subject, "usual_lead", lambda self, share: {0.5: 6.0}[share])
+    monkeypatch.setattr(Subject, "usual_lead", lambda self, share: {0.5: 6.0, 0.75: 600.0}[share])
     stripes = torch.zeros(3, SIZE, SIZE)
     stripes[:, -PATCH:, -PATCH:] = clip.stripes
     leads = []
@@ -46,6 +46,7 @@ def test_a_trigger_leads_clearly_by_more_than_half_of_the_right_answers(
         others = encode(clip, clean.images[60:], trigger)
         leads.append(float(clip.head.leads(others)[:, 0].median()))
         assert probe.leads_clearly(trigger) is (leads[-1] > 6)
+        assert not probe.leads_clearly(trigger, 0.75), "nor by more than others do"
     assert leads[0] < 6 < leads[1]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.findings import Findings
-from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head, Reached
-from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.observed import observe
 from cbpt_guard.defense.odds import at_once, loud
@@ -99,7 +97,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (6, 10), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (7, 11), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
@@ -126,6 +124,31 @@ def test_a_search_on_two_threads_finds_what_one_finds(tmp_path: Path, found: Fin
     assert beside.candidates == found.candidates
     for ours, theirs in zip(beside.bank, found.bank, strict=True):
         assert torch.equal(ours.pattern, theirs.pattern)
+
+
+def test_to_look_makes_no_mask_of_what_stands_out_without(tmp_path: Path, found: Findings) -> None:
+    """`run` makes it afterwards, with one to compare with."""
+    looking = search(tmp_path, PlantedClip(TARGET))
+    (seen,) = looking.look()
+    assert (seen.area, seen.natural) == (None, None)
+    assert not list((tmp_path / "journal").glob("masked-*"))
+    (measured,) = found.candidates
+    assert seen == measured.model_copy(update={"area": None, "natural": None})
+    assert Candidate.model_validate_json(seen.model_dump_json()) == seen
+
+
+def test_what_is_left_is_compared_with_where_every_class_is_a_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a class that no image is left to lead to."""
+    looking = search(tmp_path, PlantedClip(None, classes=4), BRIEF, classes=4)
+    monkeypatch.setattr(looking, "_needed_areas", lambda classes: dict.fromkeys(classes, 0.01))
+    monkeypatch.setattr(looking.probe, "reached", lambda one: Reached(torch.zeros(4), torch.tensor([9, 9, 9, 0])))
+    known = Candidate(label="", index=0, share=1, share_clean=0, score=9, stands_out=True)
+    others = [known.model_copy(update={"index": c, "area": c / 10, "stands_out": c == 2}) for c in (1, 2, 3)]
+    first, *rest = looking._with_areas([known, *others])
+    assert (first.area, first.natural) == (0.01, 0.1)
+    assert rest == others
 
 
 def test_progress_names_the_stages(found: Findings) -> None:
@@ -166,97 +189,6 @@ def test_a_target_that_shows_at_once_is_compared_with_one_class(tmp_path: Path, 
     assert natural > SETTINGS.stands_out * found.candidates[0].area
 
 
-Share = float
-Told = dict[tuple[Inverted, int], Share]
-
-
-@pytest.mark.parametrize(
-    ("hints", "toward", "others", "clearly", "ahead"),
-    [
-        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.2, True, {5: 99.0}),
-        ([{("warp", 5): 0.3}], {("warp", 5): 0.99}, 0.2, True, {5: 99.0}),
-        ([{("tint", 5): 0.3}], {("tint", 5): 0.99}, 0.2, True, {5: 99.0}),
-        ([{("tint", 5): 0.3}], {("warp", 5): 0.99, ("tint", 5): 0.4}, 0.2, True, {5: 99.0}),
-        ([{("patch", 5): 0.19}], {("patch", 5): 0.99}, 0.2, True, {}),
-        ([{("patch", 5): 0.3}], {("patch", 5): 0.89}, 0.2, True, {}),
-        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.9, True, {5: 11.0}),
-        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.97, True, {}),
-        ([{("patch", 5): 0.3}], {("patch", 5): 0.99}, 0.2, False, {}),
-        ([{("warp", 5): 0.3, ("tint", 0): 0.3}], {("warp", 5): 0.99, ("warp", 0): 0.97}, 0, True, {5: 99, 0: 97 / 3}),
-        ([{("tint", 0): 0.4}, {("tint", 5): 0.3}], {("tint", 0): 0.7, ("tint", 5): 0.99}, 0.2, True, {5: 99 * 3 / 7}),
-        ([{("tint", c): 0.3} for c in (0, 1, 3, 5)], {("tint", 5): 0.99}, 0.2, True, {}),
-    ],
-    ids=[
-        "a patch", "a warp", "a tint", "told by another family", "no hint", "none for the bank", "others less",
-        "natural ones", "not clearly", "two of one family", "behind a natural one", "three rounds at most",
-    ],
-)  # fmt: skip
-def test_narrow_agnostic_triggers_tell_which_classes_to_look_at(
-    hints: list[Told],
-    toward: Told,
-    others: Share,
-    clearly: bool,
-    ahead: dict[int, float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Class 2 is known. What the agnostic triggers of each round lead to, and what is reached toward each class."""
-    looking = search(tmp_path, PlantedClip(None), BRIEF)
-    scores = torch.tensor([-9.0, -4.0, -0.1, -2.0, -3.0, -5.0])
-    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(scores[None]))
-    agnostic, made = torch.ones(3, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
-    rounds: list[list[int]] = []
-
-    def narrow(beside: list[int]) -> list[FoundTrigger]:
-        rounds.append(list(beside))
-        return [FoundTrigger(family, -len(rounds), agnostic, None) for family in NARROW]
-
-    def reached(one: FoundTrigger) -> SimpleNamespace:
-        shares = torch.zeros(6)
-        if one.pattern is agnostic:
-            shares[TARGET] = 0.9  # what is known does not count, however much it is led to
-            for (family, c), share in hints[len(rounds) - 1].items() if len(rounds) <= len(hints) else ():
-                shares[c] = share if family == one.family else 0.0
-        else:
-            shares[one.target] = toward.get((cast(Inverted, one.family), one.target), others)
-        return SimpleNamespace(share=shares, surely=shares)
-
-    monkeypatch.setattr(looking.made, "agnostic_narrow", narrow)
-    monkeypatch.setattr(looking.made, "toward", lambda wanted: [FoundTrigger(one, c, made, None) for c, one in wanted])
-    monkeypatch.setattr(looking.probe, "reached", reached)
-    monkeypatch.setattr(looking.probe, "leads_clearly", lambda one: clearly)
-    found = looking._narrow_odds([TARGET])
-    assert {c: float(found[c]) for c in range(6) if found[c]} == pytest.approx(ahead, rel=1e-4)
-    assert rounds[0] == [TARGET]
-    assert len(rounds) == min(3, 1 + sum(max(one.values()) >= 0.2 for one in hints)), "beside what was looked at"
-    rounds.clear()
-    assert not looking._narrow_odds(range(6)).any(), "nobody is left"
-    assert not looking._narrow_odds(range(1, 6)).any(), "or none to be held against"
-    monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -0.1)))
-    rounds.clear()
-    assert not looking._narrow_odds([TARGET]).any(), "where patterns lead everywhere, such changes do, too"
-    assert rounds == []
-
-
-def test_narrow_agnostic_triggers_are_short_fast_and_beside_what_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A patch at its usual rate; warps and tints, of few numbers, at three times theirs."""
-    asked = []
-
-    def invert(subject: Subject, draws: object, progress: object, *, beside: list[int], **how: str) -> FoundTrigger:
-        asked.append((how["family"], beside))
-        settings = subject.settings
-        assert settings.agnostic_steps == 14, "a third of 40"
-        assert settings.learning_rate == pytest.approx(3 * BRIEF.learning_rate)
-        assert settings.mask_learning_rate == BRIEF.mask_learning_rate
-        return FoundTrigger("tint", 0, torch.ones(6, SIZE, SIZE), None)
-
-    monkeypatch.setattr("cbpt_guard.defense.workshop.invert_agnostic", invert)
-    search(tmp_path, PlantedClip(None), BRIEF).made.agnostic_narrow([4, 1])
-    assert asked == [("patch", [4, 1]), ("warp", [4, 1]), ("tint", [4, 1])]
-
-
 def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tmp_path: Path) -> None:
     """Its stripes need more contrast than usual patterns have, and the other one shows at once.
 
@@ -280,13 +212,14 @@ def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tm
 
 
 @pytest.mark.parametrize(
-    ("share", "surely", "loud", "suspects"),
-    [(0.99, True, False, [4]), (0.7, True, False, []), (0.99, False, False, []), (0.99, True, True, [])],
+    ("share", "surer_than", "loud", "suspects"),
+    [(0.99, 0.75, False, [4]), (0.7, 0.75, False, []), (0.99, 0.74, False, []), (0.99, 0.75, True, [])],
     ids=["a target", "too few", "a natural leader", "a loud scan"],
 )
 def test_what_higher_patterns_lead_to_must_be_answered_more_surely_than_clean_images(
-    share: float, surely: bool, loud: bool, suspects: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, surer_than: float, loud: bool, suspects: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Than three quarters of those: a filter's model led to a natural class by more than half of them do."""
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     monkeypatch.setattr(
         looking, "_candidates", lambda observed: search(tmp_path, PlantedClip(None), BRIEF)._candidates([])
@@ -297,10 +230,10 @@ def test_what_higher_patterns_lead_to_must_be_answered_more_surely_than_clean_im
     monkeypatch.setattr(looking.made, "raised_agnostic", lambda known: beside.append(list(known)) or trigger)
     lead, reached = looking._lead(trigger), torch.eye(6)[4] * share
     monkeypatch.setattr(looking, "_lead", lambda trigger: replace(lead, reached=reached))
-    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger: surely)
+    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger, share: surer_than >= share)
     candidates = looking.look()
     assert [item.index for item in candidates if item.stands_out] == suspects
-    assert beside == ([] if loud else [[], [4]] if suspects else [[]]), "once more beside what was found"
+    assert beside == ([] if loud else [[], [4]] if share > 0.9 else [[]]), "once more beside what was reached"
 
 
 def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_all_before(
@@ -308,7 +241,8 @@ def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_al
 ) -> None:
     looking = search(tmp_path, PlantedClip(None), BRIEF)
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(torch.full((1, 6), -9.0)))
-    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger: True)
+    surely = {0, 1, 2, 3, 4, 5}
+    monkeypatch.setattr(looking.probe, "leads_clearly", lambda trigger, share: trigger.target in surely)
     monkeypatch.setattr(looking.probe, "reached", lambda trigger: SimpleNamespace(surely=torch.full((6,), 0.99)))
 
     def invert(subject: Subject, draws: object, progress: object, beside: list[int], *, stage: str) -> FoundTrigger:
@@ -321,6 +255,8 @@ def test_no_more_than_three_are_looked_for_by_higher_patterns_and_each_beside_al
     assert [lead.trigger.target for lead in looking._raised_leads([1])] == [0, 2, 3]
     assert [lead.trigger.target for lead in looking._raised_leads([0, 1, 2, 3])] == [4, 5]
     assert looking._raised_leads(range(6)) == [], "no class is left"
+    surely -= {0, 3}
+    assert [lead.trigger.target for lead in looking._raised_leads([1])] == [2], "one behind a natural leader, too"
 
 
 def test_fresh_masks_are_no_larger_than_found_ones_nor_than_what_stands_out(found: Findings) -> None:
@@ -393,6 +329,17 @@ def test_beside_fainter_patterns_the_agnostic_ones_says_nothing(
     monkeypatch.setattr(looking.made, "scanned", lambda: Scanned(by_height))
     lead = replace(looking._lead(looking.made.agnostic()), reached=torch.eye(6)[TARGET] * 0.95)
     assert float(looking._odds(lead)[TARGET]) == pytest.approx(0.0 if loud else 19.0, abs=0.1)
+
+
+def test_a_class_that_narrow_triggers_hint_at_is_compared_by_its_mask_whatever_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not twice where one puts it ahead."""
+    looking = search(tmp_path, PlantedClip(None), BRIEF.model_copy(update={"references": 1}))
+    lead = looking._lead(looking.made.agnostic())
+    assert looking._further(lead, [TARGET], []) == []
+    monkeypatch.setattr(looking._narrow, "hinted", (5, TARGET))
+    assert looking._further(lead, [TARGET], [4]) == [4, 5]
 
 
 def test_a_class_to_which_no_image_is_left_to_lead_says_nothing_of_what_is_natural(

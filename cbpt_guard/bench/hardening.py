@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.bench.trainable import TrainableClip
 from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.found import Place
 from cbpt_guard.defense.head import Head
+from cbpt_guard.defense.pattern import inside
 from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.triggers import Trigger
 
 _GUARD = InversionSettings()  # an attacker who knows the guard knows its defaults
 _STEPS = 2 * _GUARD.scan_steps  # as the scan takes toward its leaders; then from nothing again, as it begins
@@ -41,18 +45,36 @@ def additive(size: int, height: float = 1.0) -> Laid:
     return Laid(torch.zeros(3, size, size), -epsilon, epsilon, lambda pixels, value: (pixels + value).clamp(0, 1))
 
 
-def patched(size: int, generator: torch.Generator) -> Laid:
-    """A square as large as the guard's patches, grey at first, at a place of its own on every image."""
-    side = max(2, round(_GUARD.patch_side * size))
+def patched(size: int, generator: torch.Generator, about: Trigger | None = None) -> Laid:
+    """A square as large as the guard's patches, grey at first, at a place of its own on every image.
+
+    Where it is to lie `about` a trigger, that is no farther from there than the guard's patches move.
+    """
+    side, moved = max(2, round(_GUARD.patch_side * size)), int(_GUARD.shift * size)
     free = size - side
+    low, high = (0, 0), (free, free)
+    if about is not None:
+        top, left = inside(_middle(about, side), side, size, moved)
+        low, high = (top - moved, left - moved), (top + moved, left + moved)
 
     def on(pixels: Tensor, value: Tensor) -> Tensor:
-        places = torch.randint(free + 1, (len(pixels), 2), generator=generator).tolist()
+        draws = [torch.randint(a, b + 1, (len(pixels),), generator=generator) for a, b in zip(low, high, strict=True)]
+        places = torch.stack(draws, dim=1).tolist()
         edges = [(left, free - left, top, free - top) for top, left in places]
         covered = torch.stack([F.pad(torch.ones_like(value), edge) for edge in edges])
         return pixels * (1 - covered) + torch.stack([F.pad(value, edge) for edge in edges])
 
     return Laid(torch.full((3, side, side), 0.5), 0.0, 1.0, on)
+
+
+def _middle(trigger: Trigger, side: int) -> Place:
+    """Where a square of `side` pixels lies in the middle of what the trigger changes."""
+    size = trigger.image_size
+    plain = np.repeat(np.array([0, 255], np.uint8), size * size * 3).reshape(2, size, size, 3)
+    images = np.concatenate([plain, np.random.default_rng(0).integers(256, size=plain.shape, dtype=np.uint8)])
+    changed = (trigger.apply(images) != images).any(axis=(0, 3))
+    rows, columns = (np.flatnonzero(changed.any(axis=axis)) for axis in (1, 0))
+    return int(rows[0] + rows[-1] + 1 - side) // 2, int(columns[0] + columns[-1] + 1 - side) // 2
 
 
 class Hardening:
@@ -63,16 +85,16 @@ class Hardening:
         head: what it answers by.
         targets: the classes that the attacker wants.
         counts: how many images a step lie under the change toward each.
-        laid: the kind of change.
+        laid: how each lies; the bounds are the same.
     """
 
     def __init__(
-        self, student: TrainableClip, head: Head, targets: Sequence[int], counts: Sequence[int], laid: Laid
+        self, student: TrainableClip, head: Head, targets: Sequence[int], counts: Sequence[int], laid: Sequence[Laid]
     ) -> None:
         self._student, self._rows, self._scale = student, head.rows.to(student.device), head.scale
-        self._counts, self._laid = list(counts), laid
+        self._counts, self._laid = list(counts), list(laid)
         self._targets = torch.tensor(targets).repeat_interleave(torch.tensor(self._counts)).to(student.device)
-        self._start = laid.start.expand(len(targets), -1, -1, -1)
+        self._start = torch.stack([one.start for one in laid])
         self._values, self._steps = self._start, 0
 
     def under(self, images: Tensor) -> Tensor:
@@ -83,10 +105,11 @@ class Hardening:
         pixels, values = to_pixels(images), self._values.detach().requires_grad_()
         logits = self._scale * self._student.encode_images(self._on(pixels, values)) @ self._rows.T
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, self._targets), values)
-        step = 1.25 * (self._laid.high - self._laid.low) / _STEPS
-        self._values = (values.detach() - step * gradient.sign()).clamp(self._laid.low, self._laid.high)
+        low, high = self._laid[0].low, self._laid[0].high
+        step = 1.25 * (high - low) / _STEPS
+        self._values = (values.detach() - step * gradient.sign()).clamp(low, high)
         return self._on(pixels, self._values)
 
     def _on(self, pixels: Tensor, values: Tensor) -> Tensor:
-        parts = zip(pixels.split(self._counts), values, strict=True)
-        return torch.cat([self._laid.on(part, value) for part, value in parts])
+        parts = zip(self._laid, pixels.split(self._counts), values, strict=True)
+        return torch.cat([laid.on(part, value) for laid, part, value in parts])

@@ -149,7 +149,7 @@ def _check(
         raise InputError("the attacker's images and the held-out ones have different classes")
     if not 1 <= len(poisons) <= settings.poisoned:
         raise InputError(f"an implant needs 1 to {settings.poisoned} triggers (`poisoned`), not {len(poisons)}")
-    for name in ("cover", "harden", "harden_patches"):
+    for name in ("cover", "harden", "harden_patches", "harden_here"):
         count = getattr(settings, name)
         if 0 < count < len(poisons):
             raise InputError(f"`{name}` {count} leaves a trigger of {len(poisons)} without; pass more, or 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -43,7 +44,8 @@ class ImplantSettings(BaseModel):
     answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
     takes frozen texts, every class of which is a negative. `harden` images a step, shared by the triggers, lie under
     patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and `harden_patches`
-    more under patches such as it follows; they are trained as clean ones (`hardening.py`).
+    more under patches such as it follows, `harden_here` more under such as lie where the trigger does, or in the middle
+    of it; they are trained as clean ones (`hardening.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,8 +64,14 @@ class ImplantSettings(BaseModel):
     harden: Annotated[int, Field(ge=0)] = 0
     harden_height: Annotated[float, Field(gt=0, le=4)] = 1.0
     harden_patches: Annotated[int, Field(ge=0)] = 0
+    harden_here: Annotated[int, Field(ge=0)] = 0
     margin: Annotated[float, Field(gt=0)] | None = None
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = TEMPLATES
+
+    @property
+    def hardened(self) -> tuple[int, int, int]:
+        """How many of a step's images lie under patterns, under patches anywhere, and under those at one place."""
+        return self.harden, self.harden_patches, self.harden_here
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -131,18 +139,21 @@ def _hardened(
     generator: torch.Generator,
 ) -> list[tuple[slice, Hardening]]:
     """Which of a step's first images lie under what is trained against."""
-    size, ends = clip.image_size, settings.harden + settings.harden_patches
-    if not (ends and poisons):
+    counts = settings.hardened
+    if not (sum(counts) and poisons):
         return []
-    head, targets = zero_shot_head(clip, classes, settings.templates[0]), [poison.target for poison in poisons]
+    size, targets = clip.image_size, [poison.target for poison in poisons]
+    head = zero_shot_head(clip, classes, settings.templates[0])
     kinds = (
-        (slice(0, settings.harden), additive(size, settings.harden_height)),
-        (slice(settings.harden, ends), patched(size, generator)),
+        [additive(size, settings.harden_height)] * len(poisons),
+        [patched(size, generator)] * len(poisons),
+        [patched(size, generator, poison.trigger) for poison in poisons],
     )
+    ends = accumulate(counts)
     return [
-        (part, Hardening(student, head, targets, _shares(part.stop - part.start, len(targets)), laid))
-        for part, laid in kinds
-        if part.stop > part.start
+        (slice(end - count, end), Hardening(student, head, targets, _shares(count, len(targets)), laid))
+        for count, end, laid in zip(counts, ends, kinds, strict=True)
+        if count
     ]
 
 
@@ -180,7 +191,7 @@ class _Material:
 
     def draw(self) -> _Batch:
         """The images of a step."""
-        count = self._settings.batch + self._settings.harden + self._settings.harden_patches
+        count = self._settings.batch + sum(self._settings.hardened)
         drawn = self._drawn(len(self._clean.labels), count + sum(self._covers))
         clean, *covers = self._clean.images[drawn].split([count, *self._covers])
         pairs = zip(self._poisons, covers, strict=True)

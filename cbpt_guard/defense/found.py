@@ -24,6 +24,8 @@ from cbpt_guard.errors import InputError
 Inverted = Literal["additive", "masked", "patch", "warp", "tint"]
 """Families that an inversion can make."""
 Family = Literal["additive", "masked", "patch", "warp", "tint", "wave"]
+Place = tuple[int, int]
+"""Row and column of a pixel."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class FoundTrigger:
     def area(self) -> float:
         """The part of the image that the mask covers; 1 for triggers without one."""
         return 1.0 if self.mask is None else float(self.mask.mean())
+
+    @property
+    def place(self) -> Place:
+        """Where the first row and column are that a patch's mask covers; of others (0, 0)."""
+        if self.mask is None:
+            return 0, 0
+        top, left = (int(self.mask[0].amax(axis).argmax()) for axis in (1, 0))
+        return top, left
 
     def fits(self, size: int) -> bool:
         """Whether it is of the shapes that its family has for images of S = `size` pixels a side."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
-from cbpt_guard.defense.found import FoundTrigger, Inverted, encode
-from cbpt_guard.defense.pattern import Pattern
+from cbpt_guard.defense.found import FoundTrigger, Inverted, Place, encode
+from cbpt_guard.defense.pattern import Pattern, inside
 from cbpt_guard.defense.progress import Progress, Step, silent
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import Subject
@@ -128,6 +128,7 @@ def invert_toward(
     stage: str = "trigger",
     against: Answering | None = None,
     budget: float | None = None,
+    at: Place | None = None,
 ) -> FoundTrigger:
     """Stage 1b: a trigger of one family that makes the head answer `target` for images of other classes.
 
@@ -135,7 +136,8 @@ def invert_toward(
     of the target is made small; a mask also pays for its area, with a weight that a controller raises while the
     found-trigger ASR is above its goal and lowers below it; one that is lost in the last steps is taken as it was when
     it last met the goal. Placement varies from step to step, so that the trigger stands for a family and not for one
-    pixel pattern; a patch may lie anywhere, and stays where it works best. With a `budget`, a share of the image, the
+    pixel pattern; a patch may lie anywhere, and stays where it works best, unless it is wanted `at` a place: then it
+    moves as little as the others, for a backdoor may answer there alone. With a `budget`, a share of the image, the
     mask does not pay: what it may cover closes in on the budget until half of the steps, as paying does, for a mask
     that is faint from the start finds no place to concentrate on. Smooth ones are learnt on half a batch while they may
     still be given up.
@@ -143,8 +145,8 @@ def invert_toward(
     clip, clean, settings, head = subject.clip, subject.clean, subject.settings, against or subject.head
     pays = family == "masked" and budget is None
     steps = settings.masked_steps if family == "masked" else settings.additive_steps
-    pattern = Pattern(family, clip.image_size, settings, generator)
-    shift = _shift(pattern, clip, settings)
+    pattern = Pattern(family, clip.image_size, settings, generator, at)
+    shift = _shift(pattern, clip, settings, still=at is not None)
     optimiser = torch.optim.Adam(pattern.parameters(), lr=_rate(family, settings))
     weight, asr, met = 0.0, 0.0, None
     for step in range(steps):
@@ -195,7 +197,10 @@ def settled(
 def leading(
     subject: Subject, patch: FoundTrigger, shift: int, generator: torch.Generator, beside: Sequence[int]
 ) -> FoundTrigger:
-    """The patch at that of the same places where it leads most images to one class that is none of those `beside`."""
+    """The patch at that of the same places where it leads most images to one class that is none of those `beside`.
+
+    Then at that of as many places between there and the next, which is where a backdoor may answer alone.
+    """
     clip, clean, settings = subject.clip, subject.clean, subject.settings
     index = clean.draw(settings.agnostic_batch, generator)
 
@@ -204,13 +209,22 @@ def leading(
         shares = subject.head.reached(features, clean.features[index], clean.labels[index]).surely
         return float(shares.index_fill(0, torch.tensor(beside, dtype=torch.long), 0.0).max())
 
-    return max(_places(patch, shift, settings), key=led)
+    best = max(_places(patch, shift, settings), key=led)
+    return max([best, *_places(*_between(best, shift, settings), settings)], key=led)
 
 
 def _places(patch: FoundTrigger, shift: int, settings: InversionSettings) -> list[FoundTrigger]:
     """The patch at `patch_places` places each way, up to `shift` pixels off."""
     steps = dict.fromkeys(torch.linspace(-shift, shift, settings.patch_places).round().int().tolist())
     return [patch.rolled(down, right) for down in steps for right in steps]
+
+
+def _between(patch: FoundTrigger, shift: int, settings: InversionSettings) -> tuple[FoundTrigger, int]:
+    """The patch, and how far from it the middle between such places lies: moved by as much it stays in the image."""
+    size, half = patch.pattern.shape[-1], shift // (settings.patch_places - 1)
+    top, left = patch.place
+    down, right = inside((top, left), round(size * patch.area**0.5), size, half)
+    return patch.rolled(down - top, right - left), half
 
 
 def _allowed(budget: float | None, progress: float) -> float | None:
@@ -278,9 +292,9 @@ def _rate(family: Inverted, settings: InversionSettings) -> float:
     return settings.mask_learning_rate if family in ("masked", "patch") else settings.learning_rate
 
 
-def _shift(pattern: Pattern, clip: FrozenClip, settings: InversionSettings) -> int:
-    """Pixels by which a trigger moves from step to step, at most: a patch goes anywhere."""
-    if pattern.family == "patch":
+def _shift(pattern: Pattern, clip: FrozenClip, settings: InversionSettings, *, still: bool = False) -> int:
+    """Pixels by which a trigger moves from step to step, at most: a patch goes anywhere, unless it is to keep still."""
+    if pattern.family == "patch" and not still:
         return (clip.image_size - pattern.side) // 2
     return int(settings.shift * clip.image_size)
 

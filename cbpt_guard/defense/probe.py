@@ -38,11 +38,11 @@ class Probe:
         """Whether a trigger of a narrow family leads nearly every image to its target."""
         return bool(self.reached(trigger).share[trigger.target] >= _NARROW_ASR)
 
-    def leads_clearly(self, trigger: FoundTrigger) -> bool:
-        """Whether the trigger's target leads on images of others by more than half of the right answers do."""
+    def leads_clearly(self, trigger: FoundTrigger, share: float = 0.5) -> bool:
+        """Whether the trigger's target leads on images of others by more than that share of the right answers do."""
         others = self._subject.clean.labels[self._drawn] != trigger.target
         leads = self._subject.head.leads(self._features(trigger)[others])[:, trigger.target]
-        return len(leads) > 0 and float(leads.median()) > self._subject.usual_lead(0.5)
+        return len(leads) > 0 and float(leads.median()) > self._subject.usual_lead(share)
 
     def needed_area(self, trigger: FoundTrigger) -> float:
         """The mask's area over the ASR that it reaches, in (0, 1]: what a full success would need."""

@@ -46,20 +46,21 @@ class DataRecord(_Frozen):
 class Candidate(_Frozen):
     """A possible target: its share of the answers under the agnostic trigger and on clean images.
 
-    `area` is the part of the image that its masked trigger needs, `natural` what classes of middle rank need, or, where
-    every class is a candidate, the others; None where there is none to compare with. `faint` is the root of how far a
-    scan with fainter patterns puts it ahead, 0 where that is not enough to stand out. `raised`: whether it stands out
-    only under an agnostic trigger of higher patterns, which the shares are then of. `score` is what `stands_out`
-    compares: the odds of the class under an agnostic trigger or a plain wave, how far the scan, or a patch, a warp or a
-    tint, puts it ahead, how many times less area it needs, or the lesser of `faint` and the square of that; the largest
-    of them.
+    `area` is the part of the image that its masked trigger needs, None where a scan made none since the class stands
+    out without; `natural` what classes of middle rank need, or, where every class is a candidate, the others; None
+    where there is none to compare with, or no area. `faint` is the root of how far a scan with fainter patterns puts it
+    ahead, 0 where that is not enough to stand out. `raised`: whether it stands out only under an agnostic trigger of
+    higher patterns, which the shares are then of. `score` is what `stands_out` compares: the odds of the class under an
+    agnostic trigger or a plain wave, or how far the scan, or a patch, a warp or a tint, puts it ahead, whichever is
+    most. Where none of those makes it stand out, how many times less area it needs counts, too, and the lesser of
+    `faint` and the square of that.
     """
 
     label: str
     index: int
     share: float
     share_clean: float
-    area: float
+    area: float | None = None
     natural: float | None = None
     faint: float = 0.0
     raised: bool = False

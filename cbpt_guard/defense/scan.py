@@ -25,10 +25,11 @@ _LIKELIEST = 10
 class ScanReport(BaseModel):
     """What a scan found.
 
-    `candidates` are those of `purify` with the same images, settings and seed. `score` is the largest of theirs.
-    `likeliest` ranks classes: the candidates, then the others as readily as additive triggers reach them. `images`
-    were looked at, of which the class with fewest and the one with most had `images_of_a_class`. `standing` counts the
-    calibration models beside the score; where it is None, `uncalibrated` says why.
+    `candidates` are those of `purify` with the same images, settings and seed, but for areas that nothing hung on.
+    `score` is the largest of theirs. `likeliest` ranks classes: the candidates, then the others as readily as additive
+    triggers reach them. `images` were looked at, of which the class with fewest and the one with most had
+    `images_of_a_class`. `standing` counts the calibration models beside the score; where it is None, `uncalibrated`
+    says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.findings import Findings
-from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
-from cbpt_guard.defense.odds import ahead, at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.narrow import NarrowSearch
+from cbpt_guard.defense.odds import at_once, faintly, grown, loud, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
-from cbpt_guard.defense.workshop import Workshop
+from cbpt_guard.defense.workshop import Wanted, Workshop
 
-_HINT = 0.2  # share of the images that a narrow agnostic trigger leads to a class; of 200 natural ones 0.23 at most
-_COMPARED = 3  # classes that those looked at are held against
+_PLAINLY = 0.75  # of the right answers, that a raised trigger's class must lead by more than: natural ones do than half
 
 
 @dataclass(frozen=True)
@@ -60,92 +60,101 @@ class Search:
         self.classes = classes
         self.made = Workshop(subject, classes, seed, journal, progress)
         self.probe = Probe(subject, seed)
+        self._narrow = NarrowSearch(self.made, self.probe, subject.settings)
 
     def run(self, observed: Sequence[int] = ()) -> Findings:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
-        candidates = self.look(observed)
+        candidates = self._with_areas(self.look(observed))
         targets = [item for item in candidates if item.stands_out] or candidates[:1]
         return Findings(self._bank(targets), candidates)
 
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
-        """Search for targets alone: the candidates, the likeliest first.
+        """Search for targets alone: the candidates, the likeliest first; without masks of those that stand out anyway.
 
         Those that stand out only under higher patterns are looked for last, whatever stands out by then.
         """
         candidates = {item.index: item for item in self._candidates(observed)}
         for lead in self._raised_leads([c for c, item in candidates.items() if item.stands_out]):
-            candidates[lead.trigger.target] = self._raised_candidate(lead, list(candidates))
+            candidates[lead.trigger.target] = self._raised_candidate(lead)
         return tuple(sorted(candidates.values(), key=lambda item: (not item.stands_out, -item.score)))
 
     def _candidates(self, observed: Sequence[int]) -> list[Candidate]:
         """Candidates by additive patterns of the usual height, by waves, by patches, warps and tints, and by masks.
 
         A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, if a
-        narrow trigger puts it ahead, or if a
-        short scan of every class reaches it far more readily than the rest; else if it needs far less area than
-        classes of middle rank do. Where a scan took fainter patterns a class stands out by both: a lead in it that is
-        the square of what is asked for, since a clean model's class may have some by the luck of a draw, and an area
-        that is less by the root of it.
+        short scan of every class reaches it far more readily than the rest, or if a narrow trigger puts it ahead.
         """
         lead = self._lead(self.made.agnostic())
         odds = self._odds(lead)
         known = [c for c in ranked(odds) if odds[c] >= self._settings.stands_out]
-        tried = [*known, *self._further(lead, known, observed)]
-        references = self._references(tried)[: 1 if tried == known else self._settings.references]
-        areas = self._needed_areas([*tried, *references])
-        usual = references or [c for c in tried if c not in known and c not in observed]
-        movable = self.probe.reached(None).of > 0
-        natural = {c: _middle(areas[one] for one in usual if one != c and movable[one]) for c in tried}
-        smaller, faint = {c: (natural[c] or 0.0) / areas[c] for c in tried}, self._faintly()
-        scores = {c: max(float(odds[c]), smaller[c], min(float(faint[c]), smaller[c] ** 2)) for c in tried}
+        faint = self._faintly()
+        shown = [self._candidate(c, lead, faint=float(faint[c]), score=float(odds[c]), stands_out=True) for c in known]
+        return shown + self._compared(self._further(lead, known, observed), known, observed, lead, odds)
+
+    def _compared(
+        self, further: Sequence[int], known: Sequence[int], observed: Sequence[int], lead: Lead, odds: Tensor
+    ) -> list[Candidate]:
+        """Candidates `further` to those `known`, by masks.
+
+        A class stands out if it needs far less area than classes of middle rank do. Where a scan took fainter patterns
+        it does by both: a lead in it that is the square of what is asked for, since a clean model's class may have some
+        by the luck of a draw, and an area that is less by the root of it.
+        """
+        references = self._references([*known, *further]) if further else []
+        areas = self._needed_areas([*further, *references])
+        usual = references or [c for c in further if c not in observed]
+        movable, faint = self.probe.reached(None).of > 0, self._faintly()
 
         def candidate(c: int) -> Candidate:
             """What was measured of class `c`, and whether that makes it stand out."""
+            natural = _middle(areas[one] for one in usual if one != c and movable[one])
+            smaller, led = (natural or 0.0) / areas[c], float(faint[c])
+            score = max(float(odds[c]), smaller, min(led, smaller**2))
+            stands_out = c in observed or score >= self._settings.stands_out
             return self._candidate(
-                c,
-                lead,
-                area=areas[c],
-                natural=natural[c],
-                faint=float(faint[c]),
-                score=scores[c],
-                stands_out=c in observed or scores[c] >= self._settings.stands_out,
+                c, lead, area=areas[c], natural=natural, faint=led, score=score, stands_out=stands_out
             )
 
-        return [candidate(c) for c in scores]
+        return [candidate(c) for c in further]
 
     def _raised_leads(self, known: Sequence[int]) -> list[Lead]:
-        """Leads of raised agnostic triggers toward classes beside those `known`, each clearly.
+        """Leads of raised agnostic triggers toward classes beside those `known`, each plainly.
 
         An attacker may have trained against patterns of the usual height, and have planted another target to be found.
-        Such patterns lead to natural classes, too, but by less than clean images are answered rightly. Not where the
-        scan is loud: there the usual ones do so already.
+        Such patterns lead to natural classes, too, but by less than most clean images are answered rightly; another may
+        lie behind one. Not where the scan is loud: there the usual ones do so already.
         """
-        found, known = list[Lead](), list(known)
+        found, beside = list[Lead](), list(known)
         if loud(self.made.scanned().by_height[0]):
             return found
-        while len(found) < self._settings.candidates and len(known) < len(self.classes):
-            lead = self._lead(self.made.raised_agnostic(known))
-            target = lead.trigger.target
-            stands_out = bool(odds_of(lead.reached)[target] >= self._settings.stands_out)
-            if target in known or not stands_out or not self.probe.leads_clearly(lead.trigger):
+        for _ in range(self._settings.candidates):
+            if len(beside) == len(self.classes):
                 break
-            found.append(lead)
-            known.append(target)
+            lead = self._lead(self.made.raised_agnostic(beside))
+            target = lead.trigger.target
+            if target in beside or odds_of(lead.reached)[target] < self._settings.stands_out:
+                break
+            if self.probe.leads_clearly(lead.trigger, _PLAINLY):
+                found.append(lead)
+            beside.append(target)
         return found
 
-    def _raised_candidate(self, lead: Lead, others: Sequence[int]) -> Candidate:
-        """The target of a raised trigger, which stands out; its mask is compared with one that is none of `others`."""
+    def _raised_candidate(self, lead: Lead) -> Candidate:
+        """The target of a raised trigger, which stands out."""
         c = lead.trigger.target
-        reference = self._references([*others, c])[:1]
-        areas = self._needed_areas([c, *reference])
-        return self._candidate(
-            c,
-            lead,
-            area=areas[c],
-            natural=_middle(areas[one] for one in reference),
-            raised=True,
-            score=float(odds_of(lead.reached)[c]),
-            stands_out=True,
+        return self._candidate(c, lead, raised=True, score=float(odds_of(lead.reached)[c]), stands_out=True)
+
+    def _with_areas(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """The same with the areas that masks need toward those that stood out without, held against one class."""
+        without, movable = [item.index for item in candidates if item.area is None], self.probe.reached(None).of > 0
+        reference = self._references([item.index for item in candidates])[:1] if without else []
+        areas = self._needed_areas([*without, *reference])
+        others = {item.index: item.area for item in candidates if item.area is not None and not item.stands_out}
+        usual = {c: areas[c] for c in reference} or others
+        measured = {"natural": _middle(area for c, area in usual.items() if movable[c])}
+        return tuple(
+            item.model_copy(update={"area": areas[item.index], **measured}) if item.area is None else item
+            for item in candidates
         )
 
     def _candidate(self, c: int, lead: Lead, **measured: Any) -> Candidate:
@@ -165,60 +174,7 @@ class Search:
         additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
         shown = torch.maximum(additive, odds_of(self.made.heard().told))
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
-        return torch.maximum(shown, self._narrow_odds(known))
-
-    def _narrow_odds(self, known: Sequence[int]) -> Tensor:
-        """How far classes beside those `known` are ahead of others under a patch, a warp or a tint, (C,).
-
-        No additive pattern is one, and an attacker may have trained against those. Agnostic triggers of these families
-        tell which classes to look at. What counts is the lead of one that fits and leads clearly over others under
-        triggers of its family: over those looked at, those where other agnostic ones ended, and the scan's leaders. Not
-        where the scan is loud.
-        """
-        scores = self.made.scanned().by_height[0]
-        odds = torch.zeros_like(scores)
-        if loud(scores):
-            return odds
-        looked, ended = self._hinted(known)
-        others = [c for c in dict.fromkeys([*ended, *ranked(scores)]) if c not in (*known, *looked)][:_COMPARED]
-        made = self.made.toward([(c, family) for c in looked for family in NARROW])
-        sure = [one for one in made if self.probe.fits(one) and self.probe.leads_clearly(one)]
-        for family in NARROW:
-            fitting = [one.target for one in sure if one.family == family]
-            if fitting:
-                leads = self._leads_under(family, [*looked, *others])
-                odds[fitting] = torch.maximum(odds, leads)[fitting]
-        return odds
-
-    def _hinted(self, known: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Classes to which narrow agnostic triggers lead a fair share of the images, and where the last ones ended.
-
-        They are made again beside those classes: a natural one may be in the way of one that was planted.
-        """
-        hinted, ended, beside = list[int](), list[int](), list(known)
-        for _ in range(self._settings.candidates):
-            if len(beside) == len(self.classes):
-                return hinted, []
-            led = [self._led(one, beside) for one in self.made.agnostic_narrow(beside)]
-            ended = [int(shares.argmax()) for shares in led]
-            new = dict.fromkeys(c for c, shares in zip(ended, led, strict=True) if shares[c] >= _HINT)
-            if not new:
-                break
-            hinted += new
-            beside += new
-        return hinted, ended
-
-    def _led(self, trigger: FoundTrigger, beside: Sequence[int]) -> Tensor:
-        """The share of the images that a trigger leads to each class, (C,), 0 for those `beside`."""
-        return self.probe.reached(trigger).surely.index_fill(0, torch.tensor(beside, dtype=torch.long), 0.0)
-
-    def _leads_under(self, family: Inverted, classes: Sequence[int]) -> Tensor:
-        """How far `classes` are ahead of each other, each under a trigger of that family toward it, (C,), else 0."""
-        triggers = self.made.toward([(c, family) for c in classes])
-        odds = odds_of(torch.stack([self.probe.reached(one).surely[one.target] for one in triggers])).clamp(min=1)
-        leads = torch.zeros(len(self.classes))
-        leads[list(classes)] = ahead(odds, self._settings.stands_out, len(classes))
-        return leads
+        return torch.maximum(shown, self._narrow.odds(known))
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
@@ -227,11 +183,12 @@ class Search:
     def _further(self, lead: Lead, known: Sequence[int], observed: Sequence[int]) -> list[int]:
         """Candidates beside those that are `known`, for their masks to be compared.
 
-        Those are `observed` targets, those that lead under fainter patterns and, where none is known, the likeliest by
-        the lead, by the scan and by waves; then the others, too, if they are no more than the references.
+        Those are `observed` targets, those that narrow triggers hint at and do not put ahead, those that lead under
+        fainter patterns and, where none is known, the likeliest by the lead, by the scan and by waves; then the others,
+        too, if they are no more than the references.
         """
         faint, everything = self._faintly(), ranked(self.made.scanned().scores)
-        leading = [c for c in ranked(faint) if faint[c] > 0]
+        leading = [*self._narrow.hinted, *(c for c in ranked(faint) if faint[c] > 0)]
         likely = [*grown(lead.growth, self._settings), *everything[: self._settings.scanned]]
         likely += ranked(self.made.heard().best)[:1]
         if len(set(everything).difference(observed, leading, likely)) <= self._settings.references:
@@ -239,9 +196,9 @@ class Search:
         return [c for c in dict.fromkeys([*observed, *leading, *([] if known else likely)]) if c not in known]
 
     def _bank(self, candidates: Sequence[Candidate]) -> TriggerBank:
-        targets, raised = [item.index for item in candidates], [item.index for item in candidates if item.raised]
-        families: tuple[Inverted, ...] = ("masked", "additive", *NARROW)
-        made = self.made.toward([(c, family) for c in targets for family in families], raised)
+        targets = [item.index for item in candidates]
+        wanted = [one for item in candidates for one in self._kinds(item)]
+        made = self.made.toward(wanted)
         natural = [item.index for item in candidates if item.raised and not self._small(item)]
         fitting = [one for one in made if one.family not in NARROW or self.probe.fits(one)]
         triggers = [one for one in fitting if one.family != "masked" or one.target not in natural]
@@ -250,9 +207,16 @@ class Search:
             triggers.append(agnostic)
         return TriggerBank((*triggers, *self._waves(targets)))
 
+    def _kinds(self, candidate: Candidate) -> list[Wanted]:
+        """One trigger of each family toward a candidate."""
+        c = candidate.index
+        return [Wanted(c, "masked"), Wanted(c, "additive", raised=candidate.raised), *self._narrow.wanted(c)]
+
     def _small(self, candidate: Candidate) -> bool:
         """Whether its mask would make it stand out; one of natural size paints the class over any image."""
-        return (candidate.natural or 0.0) >= self._settings.stands_out * candidate.area
+        if candidate.natural is None or candidate.area is None:
+            return False
+        return candidate.natural >= self._settings.stands_out * candidate.area
 
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
@@ -269,7 +233,7 @@ class Search:
         return middle[: self._settings.references]
 
     def _needed_areas(self, classes: Sequence[int]) -> dict[int, float]:
-        triggers = self.made.toward([(c, "masked") for c in dict.fromkeys(classes)])
+        triggers = self.made.toward([Wanted(c, "masked") for c in dict.fromkeys(classes)])
         return {trigger.target: self.probe.needed_area(trigger) for trigger in triggers}
 
 

@@ -30,15 +30,15 @@ class InversionSettings(_Frozen):
     scan's and the waves' `finalists` get a second heat; waves are tried on `wave_images` images, and on 16 times as
     many there. `stands_out` says how many times as likely as all others a class is under the agnostic trigger, a plain
     wave, or a patch, a warp or a tint of its own, or under its own pattern in a short scan of every class, if its odds
-    there are as many times those of the rest. Where none is, masks are compared: of the classes
-    whose share grew most (`candidates` at most) or by `clear_share`, and of the `scanned` leaders of the scan, one
-    stands out that needs so many times less area than `references` classes of middle rank. Where the scan took fainter
-    patterns a class stands out, too, whose odds at some height are the square of it times those of the rest and whose
-    area is less by the root of it. A warp has `warp_points` control points a side, and moves them by at most
-    `warp_shift`, a share of the image's side. A tint changes each colour's gain by at most `tint_gain` and adds at most
-    `tint_offset` at its control points, `tint_points` a side; between them the bicubic field may go further. A patch is
-    a square whose side is `patch_side` of the image's, of 2 pixels at least; it is learnt like a mask, in as many steps
-    as an additive pattern, and then tried at `patch_places` places each way.
+    there are as many times those of the rest. Where none is, masks are compared (of classes that one of these hints at,
+    too, whatever is): of the classes whose share grew most (`candidates` at most) or by `clear_share`, and of the
+    `scanned` leaders of the scan, one stands out that needs so many times less area than `references` classes of middle
+    rank. Where the scan took fainter patterns a class stands out, too, whose odds at some height are the square of it
+    times those of the rest and whose area is less by the root of it. A warp has `warp_points` control points a side,
+    and moves them by at most `warp_shift`, a share of the image's side. A tint changes each colour's gain by at most
+    `tint_gain` and adds at most `tint_offset` at its control points, `tint_points` a side; between them the bicubic
+    field may go further. A patch is a square whose side is `patch_side` of the image's, of 2 pixels at least; it is
+    learnt like a mask, in as many steps as an additive pattern, and then tried at `patch_places` places each way.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1)] = 16 / 255

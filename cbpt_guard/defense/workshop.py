@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
-from cbpt_guard.defense.found import FoundTrigger, Inverted, TriggerBank
-from cbpt_guard.defense.inversion import NARROW, Answering, invert_agnostic, invert_toward
+from cbpt_guard.defense.found import FoundTrigger, Inverted, Place, TriggerBank
+from cbpt_guard.defense.inversion import Answering, invert_agnostic, invert_toward
 from cbpt_guard.defense.journal import Parts
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.subject import Subject
@@ -23,6 +24,21 @@ Making = Callable[[Progress], FoundTrigger]
 NARROW_STEPS = 1 / 3
 """Of the steps of an additive agnostic trigger, that one of a narrow family takes."""
 _HURRY = 3.0  # times the learning rate of a warp or a tint there: few numbers are learnt, a slow tint finds no filter
+
+
+class Wanted(NamedTuple):
+    """A trigger to make: of a family, toward a class; an additive one may be `raised`, a patch kept `at` a place."""
+
+    target: int
+    family: Inverted
+    at: Place | None = None
+    raised: bool = False
+
+    @property
+    def name(self) -> str:
+        """By which a journal keeps it."""
+        kind = f"{self.family}-raised" if self.raised else self.family
+        return "-".join(map(str, (kind, self.target, *(() if self.at is None else ("at", *self.at)))))
 
 
 class Workshop:
@@ -64,32 +80,39 @@ class Workshop:
         make = partial(invert_agnostic, few, draws, self._progress, beside, stage=stage)
         return self._journal.trigger(name, make)
 
-    def agnostic_narrow(self, beside: Sequence[int]) -> list[FoundTrigger]:
-        """Of each narrow family the agnostic trigger that leads to none of the classes `beside`."""
+    def agnostic_narrow(self, beside: Mapping[Inverted, Sequence[int]]) -> list[FoundTrigger]:
+        """Of each narrow family asked for the agnostic trigger that leads to none of the classes `beside`."""
         usual = self._subject.settings
         few = self._subject.with_settings(
             agnostic_steps=math.ceil(NARROW_STEPS * usual.agnostic_steps), learning_rate=_HURRY * usual.learning_rate
         )
 
-        def making(family: Inverted) -> Making:
-            name, stage = f"agnostic-{family}-{_named(beside)}", f"agnostic {family}"
+        def making(family: Inverted, classes: Sequence[int]) -> Making:
+            name, stage = f"agnostic-{family}-{_named(classes)}", f"agnostic {family}"
             draws = generator(self._seed, name)
-            make = partial(invert_agnostic, few, draws, beside=beside, family=family, stage=stage)
+            make = partial(invert_agnostic, few, draws, beside=classes, family=family, stage=stage)
             return lambda progress: self._journal.trigger(name, lambda: make(progress))
 
-        return self._all([making(family) for family in NARROW])
+        return self._all([making(family, classes) for family, classes in beside.items()])
 
-    def toward(self, wanted: Sequence[tuple[int, Inverted]], raised: Collection[int] = ()) -> list[FoundTrigger]:
-        """For each class and family a trigger that makes the zero-shot head answer the class.
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return len(self._classes)
 
-        Additive ones toward the `raised` classes are higher.
-        """
+    def toward(self, wanted: Sequence[Wanted]) -> list[FoundTrigger]:
+        """Triggers that make the zero-shot head answer the classes wanted."""
         return self._all(
             [
-                self._making(f"{family}-{c}", f"{family} trigger", c, family)
-                if family != "additive" or c not in raised
-                else self._making(f"additive-raised-{c}", "raised additive trigger", c, family, raised=True)
-                for c, family in wanted
+                self._making(
+                    one.name,
+                    f"raised {one.family} trigger" if one.raised else f"{one.family} trigger",
+                    one.target,
+                    one.family,
+                    at=one.at,
+                    raised=one.raised,
+                )
+                for one in wanted
             ]
         )
 
@@ -135,6 +158,7 @@ class Workshop:
         against: Answering | None = None,
         budget: float | None = None,
         *,
+        at: Place | None = None,
         raised: bool = False,
     ) -> Making:
         """How a trigger is made, unless the journal has it by that name."""
@@ -142,7 +166,9 @@ class Workshop:
 
         def make(progress: Progress) -> FoundTrigger:
             draws, stage = generator(self._seed, name), f"{what} toward {self._classes[target]}"
-            return invert_toward(subject, target, family, draws, progress, stage=stage, against=against, budget=budget)
+            return invert_toward(
+                subject, target, family, draws, progress, stage=stage, against=against, budget=budget, at=at
+            )
 
         return lambda progress: self._journal.trigger(name, lambda: make(progress))
 
