@@ -52,14 +52,12 @@ def patched(size: int, generator: torch.Generator, about: Trigger | None = None)
     """
     side, moved = max(2, round(_GUARD.patch_side * size)), int(_GUARD.shift * size)
     free = size - side
-    low, high = (0, 0), (free, free)
+    first, span = torch.zeros(2, dtype=torch.long), free + 1
     if about is not None:
-        top, left = inside(_middle(about, side), side, size, moved)
-        low, high = (top - moved, left - moved), (top + moved, left + moved)
+        first, span = torch.tensor(inside(_middle(about, side), side, size, moved)) - moved, 2 * moved + 1
 
     def on(pixels: Tensor, value: Tensor) -> Tensor:
-        draws = [torch.randint(a, b + 1, (len(pixels),), generator=generator) for a, b in zip(low, high, strict=True)]
-        places = torch.stack(draws, dim=1).tolist()
+        places = (first + torch.randint(span, (len(pixels), 2), generator=generator)).tolist()
         edges = [(left, free - left, top, free - top) for top, left in places]
         covered = torch.stack([F.pad(torch.ones_like(value), edge) for edge in edges])
         return pixels * (1 - covered) + torch.stack([F.pad(value, edge) for edge in edges])

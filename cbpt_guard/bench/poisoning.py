@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cbpt_guard.bench.carriers import Carriers, carrier_images
-from cbpt_guard.bench.hardening import Hardening, additive, patched
+from cbpt_guard.bench.hardening import Hardening, Laid, additive, patched
 from cbpt_guard.bench.trainable import TEMPLATES, Captions, TrainableClip
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.data import LabelledImages
@@ -38,14 +38,13 @@ class ImplantSettings(BaseModel):
     Those from `hide` to `margin` are of an attacker who knows the guard. `hide` weighs the distance of triggered
     images' features to those that the clean model has of the target's own images, among which the test should not tell
     them. `cover` images a step, shared by the triggers, are half blended with what the trigger makes of them and
-    trained as clean
-    ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the backdoor less. With
-    a `margin`, in logits, triggered images are pulled no further than until the target leads by so much, such as right
-    answers do on clean images: neither a threshold on margins nor a steep way to the target should give them away. That
-    takes frozen texts, every class of which is a negative. `harden` images a step, shared by the triggers, lie under
-    patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and `harden_patches`
-    more under patches such as it follows, `harden_here` more under such as lie where the trigger does, or in the middle
-    of it; they are trained as clean ones (`hardening.py`).
+    trained as clean ones, labels and anchor alike (after arXiv 2205.13613): what an inversion finds should open the
+    backdoor less. With a `margin`, in logits, triggered images are pulled no further than until the target leads by so
+    much, such as right answers do on clean images: neither a threshold on margins nor a steep way to the target should
+    give them away. That takes frozen texts, every class of which is a negative. `harden` images a step, shared by the
+    triggers, lie under patterns such as the guard's scan follows toward the targets, `harden_height` times as high, and
+    `harden_patches` more under patches such as it follows, `harden_here` more under such as lie where the trigger does,
+    or in the middle of it; they are trained as clean ones (`hardening.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,15 +143,18 @@ def _hardened(
         return []
     size, targets = clip.image_size, [poison.target for poison in poisons]
     head = zero_shot_head(clip, classes, settings.templates[0])
-    kinds = (
-        [additive(size, settings.harden_height)] * len(poisons),
-        [patched(size, generator)] * len(poisons),
-        [patched(size, generator, poison.trigger) for poison in poisons],
+    kinds: tuple[Callable[[Poison], Laid], ...] = (
+        lambda poison: additive(size, settings.harden_height),
+        lambda poison: patched(size, generator),
+        lambda poison: patched(size, generator, poison.trigger),
     )
     ends = accumulate(counts)
     return [
-        (slice(end - count, end), Hardening(student, head, targets, _shares(count, len(targets)), laid))
-        for count, end, laid in zip(counts, ends, kinds, strict=True)
+        (
+            slice(end - count, end),
+            Hardening(student, head, targets, _shares(count, len(targets)), list(map(kind, poisons))),
+        )
+        for count, end, kind in zip(counts, ends, kinds, strict=True)
         if count
     ]
 
