@@ -7,7 +7,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +151,29 @@ def _recover(out: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Move `partial` to `out`; what was there stays whole until the new one is in place."""
+    """Move `partial` to `out`; what was there stays whole until the new one is in place, and on the disk."""
     old = _old(out)
+    for path in [partial, *partial.rglob("*")]:
+        if not path.is_symlink():
+            _sync(path)
     if _is_there(old):
         remove(old)
     if _is_there(out):
         out.rename(old)
     partial.rename(out)
+    _sync(out.parent)
     if _is_there(old):
         remove(old)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's names, written to the disk: after a power loss a rename alone may stand."""
+    folder, handle = path.is_dir(), os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if folder else nullcontext():  # there are file systems that sync no folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _old(out: Path) -> Path:

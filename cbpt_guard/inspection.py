@@ -25,6 +25,9 @@ _OF_RECORD = (
     "candidates",
     "epoch",
     "settings",
+    "data",
+    "warnings",
+    "versions",
 )
 _MAX_JSON = 64 * 1024**2
 

@@ -79,6 +79,11 @@ def exceeds(share: float, bound: float) -> bool:
     return share > bound + _ROUNDING
 
 
+def falls_beyond(loss: float, bound: float, images: int) -> bool:
+    """Whether a loss, a share of so many images, lies above its bound; that of one image, no rate, never does."""
+    return exceeds(loss, bound) and exceeds(loss * images, 1)
+
+
 def standard_error(share: float, count: int) -> float:
     """Of a share of `count` independent images."""
     if count < 1:

@@ -43,7 +43,8 @@ guard = GuardedClassifier.load("path/to/this/folder")
 print(guard.predict("image.jpg").label)
 ```
 
-It needs `pip install "cbpt-guard[cpu]"`, not torch. `cbpt-guard verify` checks the files against
+It needs cbpt-guard with its `cpu` (or `gpu`) extra, from where this was exported or from a wheel of yours
+(`pip install '.[cpu]'` in a checkout), not torch. `cbpt-guard verify` checks the files against
 `manifest.json` and prints the bundle's digest; pass it as `load(..., digest="sha256:...")`, for only a digest or a
 signature (`verify --key`) tells a replaced bundle. What is inside, by sha256 and version: `sbom.cdx.json`.
 

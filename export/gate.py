@@ -12,12 +12,14 @@ from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError
+from cbpt_guard.export.parts import Parts
 from cbpt_guard.images import Pixels
 from cbpt_guard.manifest import Gate
-from cbpt_guard.metrics import attack_success_rate, clean_accuracy, exceeds
+from cbpt_guard.metrics import attack_success_rate, class_recall, clean_accuracy, exceeds, falls_beyond
 from cbpt_guard.session import Outputs, Session
 
 _CHUNK = 128
+_UNDER_EACH = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def measure_gate(answers: Answers, labels: npt.NDArray[np.int64]) -> Measured:
 def check_gate(
     gate: Gate, bounds: VerdictSettings, *, undefended: float | None = None, name: str = "the ONNX file"
 ) -> None:
-    """Hold a variant to the bounds that the run was judged by.
+    """Hold a variant to the bounds that the run was judged by, with the verdict's allowance of one image.
 
     `undefended` is the clean accuracy that it is compared with; None is its own zero-shot head's, which a reduced
     precision may have lowered as well.
@@ -84,11 +86,51 @@ def check_gate(
         )
     before = gate.clean_accuracy_original if undefended is None else undefended
     loss = before - gate.clean_accuracy
-    if exceeds(loss, bounds.accuracy_loss):
+    if falls_beyond(loss, bounds.accuracy_loss, gate.images):
         raise CheckError(
             f"{name} does not pass its gate: it loses {loss:.1%} of clean accuracy on {gate.images} "
             f"of the run's images, at most {bounds.accuracy_loss:.1%} is allowed"
         )
+
+
+def check_clean(clean: Outputs, full: Outputs, parts: Parts, name: str) -> None:
+    """Hold a reduced precision to what the verdict allows on clean images, beyond their accuracy.
+
+    `clean` and `full` are its answers and the fp32 graph's, whose zero-shot head is the undefended one. What that graph
+    loses on these very images, a part of those that were judged, is allowed as well.
+
+    Raises:
+        CheckError: it flags too many of them, or recognises too few of a suspected class.
+    """
+    labels, bounds = parts.labels, parts.bounds
+    flagged, allowed = float(clean.triggered.mean()), max(bounds.false_alarms, float(full.triggered.mean()))
+    if falls_beyond(flagged, allowed, len(labels)):
+        raise CheckError(
+            f"{name} does not pass its gate: it flags {flagged:.1%} of {len(labels)} clean images of the run, at most "
+            f"{allowed:.1%} is allowed"
+        )
+    for index in parts.graph.head.suspects:
+        images = int((labels == index).sum())
+        if not images:
+            continue
+        before, kept, now = (
+            class_recall(logits.argmax(axis=1), labels, index)
+            for logits in (full.logits_original, full.logits, clean.logits)
+        )
+        if falls_beyond(before - now, max(bounds.recall_loss, before - kept), images):
+            label = parts.graph.head.classes[index]
+            raise CheckError(
+                f"{name} does not pass its gate: of {images} clean images of the suspected {label!r} {now:.1%} are "
+                f"recognised, {before:.1%} without the guard in fp32"
+            )
+
+
+def with_triggered(images: Pixels, bank: TriggerBank) -> Pixels:
+    """The images, and the first of them once more under each found trigger.
+
+    On clean images alone what the rule answers for flagged ones would be compared with nothing.
+    """
+    return np.concatenate([images, *(triggered(images[:_UNDER_EACH], trigger) for trigger in bank)])
 
 
 def triggered(images: Pixels, trigger: FoundTrigger) -> Pixels:

@@ -1,4 +1,5 @@
-"""Golden inputs: a few pictures drawn from a seed, with the answers that every runtime must repeat."""
+"""Golden inputs: a few pictures drawn from a seed, some under found triggers, with the answers that every runtime must
+repeat."""
 
 from __future__ import annotations
 
@@ -8,14 +9,17 @@ from typing import Final
 import numpy as np
 
 from cbpt_guard.bundle import Golden
+from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.errors import CheckError
+from cbpt_guard.export.gate import triggered
 from cbpt_guard.export.parity import decision_slack, parity_bound
 from cbpt_guard.images import Pixels
 from cbpt_guard.session import Session
 
 _WIDER: Final = 10
 _COUNT, _POOL, _SEED = 4, 64, 0
+_UNDER_EACH, _FLAGGED = 8, 2
 
 
 def golden_tolerance(head: GuardedHead) -> float:
@@ -28,18 +32,23 @@ def golden_tolerance(head: GuardedHead) -> float:
     return _WIDER * parity_bound(head)
 
 
-def make_golden(session: Session, head: GuardedHead) -> Golden:
-    """The golden inputs and the ONNX file's answers to them.
+def make_golden(session: Session, head: GuardedHead, bank: TriggerBank) -> Golden:
+    """The golden inputs and the ONNX file's answers to them; first those under found triggers that the rule flags.
 
-    Only pictures far from another decision of the rule are taken: near one, a rounding error flips a flag.
+    Only pictures far from another decision of the rule are taken: near one, a rounding error flips a flag. Without
+    flagged ones a runtime on which the rule's test never fires would pass the self-test.
 
     Raises:
         CheckError: the graph decides on none of the pictures by more than the tolerance.
     """
     pool = draw(session.size)
-    slack = decision_slack(head, session.run(pool).embedding)
-    clearest = np.argsort(-slack, kind="stable")[:_COUNT]
-    images = pool[np.sort(clearest[slack[clearest] > golden_tolerance(head)])]
+    pictures = np.concatenate([pool, *(triggered(pool[:_UNDER_EACH], trigger) for trigger in bank)])
+    answers = session.run(pictures)
+    slack = decision_slack(head, answers.embedding)
+    order = np.argsort(-slack, kind="stable")
+    clear = order[slack[order] > golden_tolerance(head)]
+    flagged = clear[answers.triggered[clear]][:_FLAGGED]
+    images = pictures[[*flagged, *clear[~answers.triggered[clear]][: _COUNT - len(flagged)]]]
     if len(images) == 0:
         raise CheckError("every golden picture lies at a tie or a threshold of the graph; no self-test is possible")
     outputs = session.run(images)

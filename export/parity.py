@@ -30,7 +30,7 @@ def parity_bound(head: GuardedHead) -> float:
 
 
 def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Parity:
-    """Compare the ONNX file with torch on images uint8 (N, S, S, 3), a few of them in other batch sizes too.
+    """Compare the ONNX file with torch on images uint8 (N, S, S, 3), a few from all over in other batch sizes too.
 
     Zero-shot logits and embeddings must agree on every image. The rule decides, so an image closer to another
     decision than the bound may rightly fall to either side: guarded logits and flags are compared on the
@@ -42,19 +42,18 @@ def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Par
     bound = parity_bound(graph.head)
     wanted = torch_outputs(graph, images)
     decided = decision_slack(graph.head, wanted.embedding) > bound
-    runs = [(images, _BATCH), *((images[:_FEW], batch) for batch in _OTHER_BATCHES)]
+    few = np.linspace(0, len(images) - 1, min(_FEW, len(images))).round().astype(np.int64)
     worst = 0.0
-    for part, batch in runs:
-        found, count = session.run(part, batch), len(part)
-        expected = _first(wanted, count)
-        difference = _logit_difference(found, expected, decided[:count])
+    for chosen, batch in ((np.arange(len(images)), _BATCH), *((few, batch) for batch in _OTHER_BATCHES)):
+        found, expected, sure = session.run(images[chosen], batch), _taken(wanted, chosen), decided[chosen]
+        difference = _logit_difference(found, expected, sure)
         moved = _embedding_logits(graph.head) * _embedding_difference(found, expected)
         if not max(difference, moved) <= bound or np.isnan([difference, moved]).any():
             raise CheckError(
                 f"the ONNX file differs from torch by {difference:.3g} logits, and by {moved:.3g} through its "
                 f"embedding, in batches of {batch}; at most {bound:.3g} is allowed"
             )
-        if not np.array_equal(found.triggered[decided[:count]], expected.triggered[decided[:count]]):
+        if not np.array_equal(found.triggered[sure], expected.triggered[sure]):
             raise CheckError(f"the ONNX file's flags differ from torch's in batches of {batch}")
         worst = max(worst, difference)
     return Parity(images=len(images), max_logit_difference=worst, bound=bound)
@@ -89,9 +88,9 @@ def _embedding_logits(head: GuardedHead) -> float:
     return head.original.scale * float(longest)
 
 
-def _first(outputs: Outputs, count: int) -> Outputs:
+def _taken(outputs: Outputs, chosen: npt.NDArray[np.int64]) -> Outputs:
     logits, triggered, original, embedding = outputs
-    return Outputs(logits[:count], triggered[:count], original[:count], embedding[:count])
+    return Outputs(logits[chosen], triggered[chosen], original[chosen], embedding[chosen])
 
 
 def _logit_difference(found: Outputs, wanted: Outputs, decided: npt.NDArray[np.bool_]) -> float:

@@ -16,7 +16,7 @@ NAME: Final = "guarded"
 VERSION: Final = Path(NAME) / "1"
 """Where the bundle lies in the repository; `cbpt-guard verify` and `GuardedClassifier.load` take that folder."""
 
-_LABELS: Final = "labels.txt"
+_CONFIGURED, _LABELS = "config.pbtxt", "labels.txt"
 _MAX_BATCH, _QUEUE_DELAY = 32, 2000  # microseconds: what a request may wait for others
 _TYPES: Final[dict[int, str]] = {
     onnx.TensorProto.UINT8: "TYPE_UINT8",
@@ -55,10 +55,17 @@ def write_repository(repository: Path, manifest: Manifest, classes: Sequence[str
     folder = repository / NAME
     (variant,) = manifest.variants.values()
     model = onnx.load(repository / VERSION / variant.file)
-    (folder / "config.pbtxt").write_text(_config(model, variant.file), encoding="utf-8")
+    (folder / _CONFIGURED).write_text(_config(model, variant.file), encoding="utf-8")
     # Triton reads one label a line, and hands it to clients that may print it
     lines = [" ".join("".join(c if c.isprintable() else " " for c in label).split()) for label in classes]
     (folder / _LABELS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def others(repository: Path) -> list[str]:
+    """What a repository holds besides ours, by name: other models, and other versions or files of this one."""
+    ours = {Path(NAME), VERSION, *(Path(NAME) / name for name in (_CONFIGURED, _LABELS))}
+    found = {item.relative_to(repository) for pattern in ("*", f"{NAME}/*") for item in repository.glob(pattern)}
+    return sorted(map(str, found - ours))
 
 
 def _config(model: onnx.ModelProto, file: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -11,7 +13,7 @@ from cbpt_guard.bundle import GOLDEN, MODEL, Golden
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.errors import CheckError
 from cbpt_guard.export.checks import check_graph
-from cbpt_guard.export.gate import Answers, Measured, answer_all, check_gate, measure_gate
+from cbpt_guard.export.gate import Answers, Measured, answer_all, check_clean, check_gate, measure_gate
 from cbpt_guard.export.golden import golden_tolerance, make_golden
 from cbpt_guard.export.parity import decision_slack
 from cbpt_guard.export.parts import Parts
@@ -28,21 +30,24 @@ _HALF_WIDER: Final = 10  # a GPU rounds to fp16 between operators too, a CPU com
 
 @dataclass(frozen=True)
 class Built:
-    """A graph's bytes, its entry in the manifest, its golden answers, and what it reached."""
+    """A graph's bytes, its entry in the manifest, its golden answers, what it reached, and why that is not enough."""
 
     data: bytes
     variant: Variant
     golden: Golden
     answers: Answers
     measured: Measured
+    failure: str | None
 
 
 def build_full(data: bytes, session: Session, parts: Parts, parity: Parity) -> Built:
-    """The fp32 graph with its gate measured; the caller checks it."""
+    """The fp32 graph with its gate measured; whether a failure is one is the caller's to say."""
     answers = answer_all(session, parts.images, parts.labels, parts.bank)
     measured = measure_gate(answers, parts.labels)
-    golden = make_golden(session, parts.graph.head)
-    return Built(data, Variant(file=MODEL, parity=parity, gate=measured.gate), golden, answers, measured)
+    golden = make_golden(session, parts.graph.head, parts.bank)
+    variant = Variant(file=MODEL, parity=parity, gate=measured.gate)
+    failure = _caught(lambda: check_gate(measured.gate, parts.bounds))
+    return Built(data, variant, golden, answers, measured, failure)
 
 
 def build_reduced(precision: str, full: Built, parts: Parts, doors: Graph, *, strict: bool = True) -> Built:
@@ -58,11 +63,12 @@ def build_reduced(precision: str, full: Built, parts: Parts, doors: Graph, *, st
         _measured(method, data, full, parts, doors)
         for method, data in reduced(full.data, precision, parts.images).items()
     ]
-    failures = [_failure(candidate, full, parts) for candidate in found]
-    passed = [candidate for candidate, failure in zip(found, failures, strict=True) if failure is None]
+    failures = {candidate.method: _failure(candidate, full, parts) for candidate in found}
+    passed = [candidate for candidate in found if failures[candidate.method] is None]
     if not passed and strict:
-        raise CheckError(f"{'; '.join(filter(None, failures))}. Leave out --precision {precision}")
-    return _built(precision, _better(passed or found), parts.graph.head)
+        raise CheckError(f"{'; '.join(filter(None, failures.values()))}. Leave out --precision {precision}")
+    chosen = _better(passed or found)
+    return _built(precision, chosen, parts, failures[chosen.method])
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ def _measured(method: str, data: bytes, full: Built, parts: Parts, doors: Graph)
     return _Candidate(method, data, session, answers, measured, agreement)
 
 
-def _built(precision: str, chosen: _Candidate, head: GuardedHead) -> Built:
-    golden = make_golden(chosen.session, head)
+def _built(precision: str, chosen: _Candidate, parts: Parts, failure: str | None) -> Built:
+    head = parts.graph.head
+    golden = make_golden(chosen.session, head, parts.bank)
     variant = Variant(
         file=MODEL.replace(".", f".{precision}."),
         gate=chosen.measured.gate,
@@ -95,7 +102,7 @@ def _built(precision: str, chosen: _Candidate, head: GuardedHead) -> Built:
         golden=GOLDEN.replace(".", f".{precision}."),
         tolerance=_tolerance(precision, chosen.session, head, golden, chosen.agreement),
     )
-    return Built(chosen.data, variant, golden, chosen.answers, chosen.measured)
+    return Built(chosen.data, variant, golden, chosen.answers, chosen.measured, failure)
 
 
 def _agreement(answers: Answers, full: Answers) -> Agreement:
@@ -118,15 +125,25 @@ def _same(ours: Outputs, theirs: Outputs) -> float:
 def _failure(found: _Candidate, full: Built, parts: Parts) -> str | None:
     """Why a variant may not be written, in words and numbers."""
     agreement, undefended = found.agreement, full.measured.gate.clean_accuracy_original
-    try:
-        check_gate(found.measured.gate, parts.bounds, undefended=undefended, name=found.method)
-    except CheckError as error:
-        return str(error)
+    gate = partial(check_gate, found.measured.gate, parts.bounds, undefended=undefended, name=found.method)
+    clean = partial(check_clean, found.answers.clean, full.answers.clean, parts, found.method)
+    failure = _caught(gate) or _caught(clean)
+    if failure is not None:
+        return failure
     if agreement.clean < agreement.least:
         return (
             f"{found.method} does not pass its gate: it answers {agreement.clean:.1%} of {agreement.images} of the "
             f"run's images as fp32 does, at least {agreement.least:.1%} is demanded"
         )
+    return None
+
+
+def _caught(check: Callable[[], None]) -> str | None:
+    """What a check says, or None where it passes."""
+    try:
+        check()
+    except CheckError as error:
+        return str(error)
     return None
 
 

@@ -111,18 +111,21 @@ def _second_opinion(data: bytes, golden: Golden, variant: Variant, allowed: floa
 
     try:
         evaluator = ReferenceEvaluator(onnx.load_model_from_string(data))
-        found = evaluator.run(["logits", "logits_original"], {"image": golden.images[:1]})
+        *found, flags = evaluator.run(["logits", "logits_original", "triggered"], {"image": golden.images[:1]})
     except Exception as error:  # the reference implementation raises whatever its numpy code raises
         raise BundleError(f"onnx's reference implementation cannot run {variant.file}: {error}") from error
     wanted = (golden.logits[:1], golden.logits_original[:1])
     worst = float(np.max([np.abs(ours - theirs).max() for ours, theirs in zip(found, wanted, strict=True)]))
     if not worst <= allowed:
         raise BundleError(f"{variant.file}: onnx's reference implementation differs by {worst:.3g} logits")
+    if not np.array_equal(flags, golden.triggered[:1]):
+        raise BundleError(f"{variant.file}: onnx's reference implementation sets another flag")
     return _compared(f"reference {variant.file}", 1, worst, allowed)
 
 
 def _against_torch(bundle: OpenedBundle, data: bytes, variant: Variant, run: PurifyRun) -> Check:
     try:
+        from cbpt_guard.export.gate import with_triggered
         from cbpt_guard.export.parity import measure_parity
         from cbpt_guard.export.parts import read_parts
     except ImportError as error:
@@ -133,7 +136,7 @@ def _against_torch(bundle: OpenedBundle, data: bytes, variant: Variant, run: Pur
     session = Session(data, size=bundle.manifest.preprocess.size, classes=len(bundle.labels))
     if variant.agreement is not None:
         return _agreeing(variant, variant.agreement, session, parts)
-    parity = measure_parity(parts.graph, session, parts.images)
+    parity = measure_parity(parts.graph, session, with_triggered(parts.images, parts.bank))
     return _compared(f"torch {variant.file}", parity.images, parity.max_logit_difference, parity.bound)
 
 

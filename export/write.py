@@ -31,14 +31,14 @@ from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.errors import CheckError, InputError
 from cbpt_guard.export.card import card
 from cbpt_guard.export.checks import check_graph
-from cbpt_guard.export.gate import check_gate
+from cbpt_guard.export.gate import with_triggered
 from cbpt_guard.export.golden import golden_tolerance, save_golden
 from cbpt_guard.export.graph import check_opset, check_size, to_onnx
 from cbpt_guard.export.parity import measure_parity
 from cbpt_guard.export.parts import Parts, read_parts
 from cbpt_guard.export.precision import check_precisions
 from cbpt_guard.export.sbom import sbom
-from cbpt_guard.export.triton import VERSION, check_layout, write_repository
+from cbpt_guard.export.triton import NAME, VERSION, check_layout, others, write_repository
 from cbpt_guard.export.variants import Built, build_full, build_reduced
 from cbpt_guard.files import holds, staged
 from cbpt_guard.manifest import Graph, Manifest, ModelEntry, RuleEntry
@@ -69,7 +69,8 @@ def export(
         precision: which graphs: "fp32", "fp16" (for GPUs), "int8" (for processors with int8 dot products).
         layout: "bundle", or "triton": a Triton model repository whose version folder is the bundle.
         force: replace an earlier bundle.
-        allow_unguarded: export a run that is not "guarded" or fails the gate; the manifest records it.
+        allow_unguarded: export a run that is not "guarded", or a graph that fails the gate: the manifest records it,
+            and calls such a graph's bundle "not guarded".
         progress: is told, in words, what is done next.
 
     Returns:
@@ -87,7 +88,7 @@ def export(
     precisions = check_precisions(precision)
     check_layout(layout, precisions)
     _check_model(run)
-    _check_target(run, target)
+    _check_target(run, target, layout)
     with staged(target, force=force) as folder:
         bundle = folder / VERSION if layout == "triton" else folder
         bundle.mkdir(parents=True, exist_ok=True)
@@ -113,12 +114,13 @@ def _write(
     doors = Graph(opset=opset, input=GRAPH_INPUT, outputs=GRAPH_OUTPUTS)
     check_graph(data, doors)
     session = Session(data, size=size, classes=len(head.classes))
-    progress(f"comparing it with torch on {len(parts.images)} images")
-    parity = measure_parity(parts.graph, session, parts.images)
+    images = with_triggered(parts.images, parts.bank)
+    progress(f"comparing it with torch on {len(images)} images")
+    parity = measure_parity(parts.graph, session, images)
     progress(f"measuring the gate under {len(parts.bank)} found triggers")
     full = build_full(data, session, parts, parity)
-    if not allow_unguarded:
-        check_gate(full.measured.gate, parts.bounds)
+    if full.failure is not None and not allow_unguarded:
+        raise CheckError(full.failure)
     built = {FULL: full} if FULL in precisions else {}
     for name in precisions:
         if name != FULL:
@@ -144,11 +146,12 @@ def _manifest(
     run: PurifyRun, parts: Parts, *, doors: Graph, built: dict[str, Built], allow_unguarded: bool
 ) -> Manifest:
     record, measured = run.record, next(iter(built.values())).measured
+    failures = [made.failure for made in built.values() if made.failure is not None]
     return Manifest(
         cbpt_guard=cbpt_guard.__version__,
         created=record.created,  # the run's: two exports of one run are equal to the byte
-        verdict=record.verdict.name,
-        reasons=record.verdict.reasons,
+        verdict="not guarded" if failures else record.verdict.name,  # the run's says nothing of a graph that failed
+        reasons=(*failures, *record.verdict.reasons),
         allow_unguarded=allow_unguarded,
         model=ModelEntry(
             architecture=record.model.architecture,
@@ -188,13 +191,21 @@ def _check_model(run: PurifyRun) -> None:
     check_size(cast(nn.Module, build(model.config).visual), model.architecture)
 
 
-def _check_target(run: PurifyRun, out: Path) -> None:
-    """`force` replaces a whole folder: it must be a bundle, and never the run itself."""
+def _check_target(run: PurifyRun, out: Path, layout: str) -> None:
+    """`force` replaces a whole folder: it must be an earlier output of this layout, and never the run itself."""
     if holds(out, run.path):
         raise InputError(f"{out} holds the run that is to be exported; pass another `--out`")
-    ours = any(all((place / name).is_file() for name in _MARKS) for place in (out, out / VERSION))
-    if out.is_dir() and any(out.iterdir()) and not ours:
-        raise InputError(f"{out} exists and is no bundle, so it is not replaced; pass another `--out`")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    what, bundle = ("model repository of ours", out / VERSION) if layout == "triton" else ("bundle", out)
+    if not all((bundle / name).is_file() for name in _MARKS):
+        raise InputError(f"{out} exists and is no {what}, so it is not replaced; pass another `--out`")
+    strange = others(out) if layout == "triton" else []
+    if strange:
+        raise InputError(
+            f"{out} holds {strange[0]} besides what this command wrote, so it is not replaced; pass another `--out`, "
+            f"and move {NAME} from there"
+        )
 
 
 def _silent(message: str) -> None:

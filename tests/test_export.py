@@ -162,14 +162,16 @@ def test_an_architecture_that_the_exporter_cannot_express(parts: Parts) -> None:
 
 
 class Fixed:
-    """A session whose answers are torch's own, but for one flag."""
+    """A session whose answers for these images are torch's own, but for one flag."""
 
-    def __init__(self, answers: Outputs, image: int, flag: bool) -> None:
+    def __init__(self, answers: Outputs, images: np.ndarray, image: int, flag: bool) -> None:
         self.answers = answers._replace(triggered=answers.triggered.copy())
         self.answers.triggered[image] = flag
+        self.numbers = {pixels.tobytes(): number for number, pixels in enumerate(images)}
 
     def run(self, pixels: np.ndarray, batch: int) -> Outputs:
-        return Outputs(*(column[: len(pixels)] for column in self.answers))
+        numbers = [self.numbers[one.tobytes()] for one in pixels]
+        return Outputs(*(column[numbers] for column in self.answers))
 
 
 def test_parity_sees_a_wrong_weight(parts: Parts, session: Session) -> None:
@@ -178,6 +180,37 @@ def test_parity_sees_a_wrong_weight(parts: Parts, session: Session) -> None:
     images = np.concatenate([parts.images, attacked(parts)])
     with pytest.raises(CheckError, match=r"differs from torch by 0\.\d+ logits"):
         parity.measure_parity(graph.GuardedGraph(parts.graph.encoder, wrong), session, images)
+
+
+def test_an_export_compares_what_flagged_images_are_answered(
+    tiny_run: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No clean image of this run is flagged, so no clean one shows that the guarded rows are others."""
+    head = parts.graph.head
+    assert not parity.torch_outputs(parts.graph, parts.images).triggered.any()
+    other = replace(head, guarded=replace(head.guarded, rows=head.guarded.rows.roll(1, 0)))
+    model = graph.to_onnx(graph.GuardedGraph(parts.graph.encoder, other), 32, 18)
+    monkeypatch.setattr(write, "to_onnx", lambda *_: model)
+    with pytest.raises(CheckError, match=r"differs from torch by \d+\.?\d* logits"):
+        export(tiny_run, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_parity_looks_at_images_from_all_over_in_other_batches(parts: Parts, session: Session) -> None:
+    class Watched:
+        def __init__(self) -> None:
+            self.seen: dict[int, np.ndarray] = {}
+
+        def run(self, pixels: np.ndarray, batch: int) -> Outputs:
+            self.seen[batch] = pixels
+            return session.run(pixels, batch)
+
+    watched, images = Watched(), gate.with_triggered(parts.images, parts.bank)
+    parity.measure_parity(parts.graph, watched, images)  # type: ignore[arg-type]
+    for batch in (1, 2, 5):
+        assert len(watched.seen[batch]) == 10
+        assert np.array_equal(watched.seen[batch][0], images[0])
+        assert np.array_equal(watched.seen[batch][-1], images[-1])
 
 
 def test_parity_lets_an_image_at_the_threshold_fall_to_either_side(parts: Parts) -> None:
@@ -189,10 +222,10 @@ def test_parity_lets_an_image_at_the_threshold_fall_to_either_side(parts: Parts)
     edge = replace(head, test=TriggerTest(head.test.directions, thresholds))
     module = graph.GuardedGraph(parts.graph.encoder, edge)
     answers = parity.torch_outputs(module, images)
-    fires, silent = Fixed(answers, first, True), Fixed(answers, first, False)
+    fires, silent = Fixed(answers, images, first, True), Fixed(answers, images, first, False)
     for session in (fires, silent):
         assert parity.measure_parity(module, session, images).max_logit_difference == 0  # type: ignore[arg-type]
-    elsewhere = Fixed(answers, (first + 1) % 40, not answers.triggered[(first + 1) % 40])
+    elsewhere = Fixed(answers, images, (first + 1) % 40, not answers.triggered[(first + 1) % 40])
     with pytest.raises(CheckError, match="flags differ"):
         parity.measure_parity(module, elsewhere, images)  # type: ignore[arg-type]
 
@@ -206,7 +239,8 @@ def test_an_embedding_error_costs_what_the_longest_row_makes_of_it(parts: Parts,
     answers = parity.torch_outputs(module, parts.images)
     error = np.zeros_like(answers.embedding)
     error[:, 0] = 0.7 * parity.parity_bound(head) / head.original.scale
-    session = Fixed(answers._replace(embedding=answers.embedding + error), 0, bool(answers.triggered[0]))
+    wrong = answers._replace(embedding=answers.embedding + error)
+    session = Fixed(wrong, parts.images, 0, bool(answers.triggered[0]))
     with pytest.raises(CheckError, match="through its embedding") if refused else nullcontext():
         parity.measure_parity(module, session, parts.images)  # type: ignore[arg-type]
 
@@ -287,9 +321,17 @@ def test_triggered_images_are_rounded_as_a_file_would_hold_them() -> None:
 
 
 def test_the_gate_sees_lost_accuracy() -> None:
-    lost = Gate(images=9, clean_accuracy=0.5, clean_accuracy_original=0.6, found_trigger_asr=None)
+    lost = Gate(images=90, clean_accuracy=0.5, clean_accuracy_original=0.6, found_trigger_asr=None)
     with pytest.raises(CheckError, match=r"loses 10\.0% of clean accuracy"):
         gate.check_gate(lost, VerdictSettings())
+
+
+def test_what_one_image_costs_passes_the_gate_as_it_passes_the_verdict() -> None:
+    """With 30 images one is 3.3 points: a run that lost one was *guarded*, and could not be exported."""
+    kept = Gate(images=30, clean_accuracy=28 / 30, clean_accuracy_original=29 / 30, found_trigger_asr=None)
+    gate.check_gate(kept, VerdictSettings())
+    with pytest.raises(CheckError, match="clean accuracy"):
+        gate.check_gate(kept.model_copy(update={"clean_accuracy": 27 / 30}), VerdictSettings())
 
 
 def test_a_loss_of_just_the_bound_passes_the_gate() -> None:
@@ -364,6 +406,17 @@ def test_golden_inputs_are_drawn_not_taken_and_keep_their_distance(exported: Pat
     slack = parity.decision_slack(parts.graph.head, parity.torch_outputs(parts.graph, golden.images).embedding)
     assert len(golden.images) == 4
     assert (slack > open_bundle(exported).manifest.golden_tolerance).all()
+
+
+def test_the_self_test_sees_a_runtime_on_which_the_test_never_fires(exported: Path, parts: Parts) -> None:
+    golden = load_golden((exported / "golden.npz").read_bytes())
+    assert golden.triggered.tolist() == [True, True, False, False]
+    head = parts.graph.head
+    for never in (torch.full_like(head.test.thresholds, torch.inf), head.test.thresholds + 10):
+        blind = replace(head, test=replace(head.test, thresholds=never))
+        answers = parity.torch_outputs(graph.GuardedGraph(parts.graph.encoder, blind), golden.images)
+        assert not np.array_equal(answers.triggered, golden.triggered)
+        assert np.abs(answers.logits - golden.logits).max() > open_bundle(exported).manifest.golden_tolerance
 
 
 def test_an_unguarded_run_is_refused_and_recorded_when_allowed(tmp_path: Path, quick: Callable[..., Path]) -> None:
@@ -465,6 +518,12 @@ def test_a_bank_of_every_family_is_exported_and_one_of_other_shapes_refused(
             quick(own_run, tmp_path / "other")
 
 
+def test_samples_that_a_power_loss_emptied(own_run: Path, tmp_path: Path, quick: Callable[..., Path]) -> None:
+    (own_run / "samples.npz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"samples\.npz is missing or malformed"):
+        quick(own_run, tmp_path / "bundle")
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
@@ -497,7 +556,7 @@ def test_progress_is_told(tiny_run: Path, tmp_path: Path, quick: Callable[..., P
     told: list[str] = []
     quick(tiny_run, tmp_path / "bundle", progress=told.append)
     assert told[0] == "reading the run"
-    assert "comparing it with torch on 40 images" in told
+    assert "comparing it with torch on 56 images" in told, "40, and 16 of them once more under the found trigger"
 
 
 def test_the_card_shows_names_as_they_are(exported: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,19 @@ def test_leftovers_of_a_crash_while_replacing_do_not_matter(tmp_path: Path, link
     fill(out, force=True)
     assert contents(out) == {"result": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_new_output_is_on_the_disk_before_the_earlier_one_goes(tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    events: list[str] = []
+    sync, gone = os.fsync, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *rest, **how: events.append(str(path)) or gone(path, *rest))
+    fill(out, "new", force=True)
+    partial = tmp_path / ".out.partial"
+    assert sorted(events[:2]) == [str(partial), str(partial / "result")]
+    assert events[2:] == [str(tmp_path), str(tmp_path / ".out.old")]
 
 
 def test_a_crash_between_the_two_moves_costs_no_earlier_output(tmp_path: Path, monkeypatch: Any) -> None:

@@ -25,6 +25,8 @@ def test_a_run(own_run: Path) -> None:
     assert (summary["kind"], summary["classes"], summary["rule"]) == ("run", 5, "switch")
     assert summary["model"]["source"] == "suspect.pt"
     assert summary["metrics"]["clean_accuracy_after"] == 1.0
+    record = json.loads((own_run / "run.json").read_text())
+    assert (summary["warnings"], summary["data"]) == (record["warnings"], record["data"])
     json.dumps(summary)
 
 

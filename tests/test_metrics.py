@@ -18,6 +18,7 @@ from cbpt_guard.metrics import (
     clean_accuracy,
     count,
     exceeds,
+    falls_beyond,
     largest_share,
     poisoned_accuracy,
     standard_error,
@@ -74,6 +75,12 @@ def test_a_difference_of_just_the_bound_does_not_exceed_it() -> None:
     assert 0.54 - 0.52 > 0.02, "in floating point"
     assert not exceeds(0.54 - 0.52, 0.02)
     assert exceeds(0.0201, 0.02)
+
+
+def test_one_image_alone_is_no_rate() -> None:
+    assert not falls_beyond(30 / 30 - 29 / 30, 0.02, 30)
+    assert falls_beyond(30 / 30 - 28 / 30, 0.02, 30)
+    assert not falls_beyond(2 / 200, 0.02, 200), "two images, and within the bound"
 
 
 def test_all_five_at_once() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from cbpt_guard.export.graph import to_onnx
 from cbpt_guard.export.parts import read_parts
 from cbpt_guard.export.precision import PRECISIONS, check_precisions
 from cbpt_guard.export.verify import _agreeing
-from cbpt_guard.session import Session
+from cbpt_guard.session import Outputs, Session
 
 
 def products_overflow() -> bool:
@@ -212,6 +214,9 @@ def test_quantising_that_brings_the_backdoor_back_is_caught(tmp_path: Path, monk
     recorded = open_bundle(export(run, tmp_path / "other", precision=["int8"], allow_unguarded=True)).manifest
     assert recorded.variants["int8"].gate.found_trigger_asr > 0.05
     assert recorded.allow_unguarded
+    assert recorded.verdict == "not guarded", "the run's verdict is of another graph"
+    assert re.match(r"int8 \w+ does not pass its gate: found-trigger ASR", recorded.reasons[0])
+    assert "**Verdict: not guarded.**\n- int8 " in (tmp_path / "other" / "README.md").read_text()
     command = cli("export", "--run", run, "--out", tmp_path / "third", "--precision", "fp32", "--precision", "int8")
     assert_refused(
         command, "int8 static does not pass its gate", "found-trigger ASR", "on 40 of the run's images", code=1
@@ -227,6 +232,43 @@ def test_a_variant_that_answers_otherwise_is_refused_even_if_it_is_accurate(
     with pytest.raises(CheckError, match=r"fp16 does not pass its gate: it answers 100\.0% of 40 of the run's images"):
         export(tiny_run, tmp_path / "bundle", precision=["fp16"])
     assert not (tmp_path / "bundle").exists()
+
+
+def outputs_of(logits: np.ndarray, original: np.ndarray, flagged: np.ndarray) -> Outputs:
+    return Outputs(logits, flagged, original, np.zeros((len(logits), 32), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (1, None),
+        (2, r"int8 does not pass its gate: it flags 5\.0% of 40 clean images of the run, at most 1\.0% is allowed"),
+    ],
+)
+def test_a_precision_that_flags_clean_images_is_refused(more: int, said: str | None, tiny_run: Path) -> None:
+    """Parity carries the verdict's bound over to fp32 and to nothing else; of one image it is no rate."""
+    parts = read_parts(PurifyRun.open(tiny_run))
+    right = np.eye(len(CLASSES), dtype=np.float32)[parts.labels]
+    flagged = np.arange(len(right)) < more
+    with pytest.raises(CheckError, match=said) if said else nullcontext():
+        gate.check_clean(
+            outputs_of(right, right, flagged), outputs_of(right, right, np.zeros(len(right), bool)), parts, "int8"
+        )
+    gate.check_clean(outputs_of(right, right, flagged), outputs_of(right, right, flagged), parts, "int8")
+
+
+@pytest.mark.parametrize(("lost", "refused"), [(1, False), (2, True)])
+def test_a_precision_that_loses_the_targets_own_images_is_refused(lost: int, refused: bool, tiny_run: Path) -> None:
+    parts = read_parts(PurifyRun.open(tiny_run))
+    right = np.eye(len(CLASSES), dtype=np.float32)[parts.labels]
+    own, wrong = np.flatnonzero(parts.labels == TARGET), right.copy()
+    assert len(own) >= 2
+    wrong[own[:lost]] = np.eye(len(CLASSES))[TARGET - 1]
+    none = np.zeros(len(right), bool)
+    said = rf"int8 .*of {len(own)} clean images of the suspected .* are recognised, 100\.0% without the guard"
+    with pytest.raises(CheckError, match=said) if refused else nullcontext():
+        gate.check_clean(outputs_of(wrong, right, none), outputs_of(right, right, none), parts, "int8")
+    gate.check_clean(outputs_of(wrong, right, none), outputs_of(wrong, right, none), parts, "int8")
 
 
 @pytest.mark.usefixtures("traced")

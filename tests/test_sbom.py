@@ -116,7 +116,7 @@ def test_the_card_says_what_a_reader_looks_for(exported: Path) -> None:
         "## Intended use",
         "## What is not protected",
         'GuardedClassifier.load("path/to/this/folder"',
-        'pip install "cbpt-guard[cpu]"',
+        "pip install '.[cpu]'",
         "cbpt-guard verify",
         "sbom.cdx.json",
         "licence",

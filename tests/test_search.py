@@ -28,7 +28,7 @@ from cbpt_guard.defense.reuse import adopt
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import RAISED, CleanSet, Subject
-from cbpt_guard.errors import InputError
+from cbpt_guard.errors import CheckpointError, InputError
 
 TARGET = 2
 steps: list[Step] = []
@@ -112,6 +112,37 @@ def test_an_interrupted_search_ends_at_the_same_findings(tmp_path: Path, found: 
     assert resumed.candidates == found.candidates
     for ours, theirs in zip(resumed.bank, found.bank, strict=True):
         assert torch.equal(ours.pattern, theirs.pattern)
+
+
+def test_features_that_are_no_numbers_are_refused_under_a_trigger_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is flagged of them would be answered with no class, and pass for a backdoor that is stopped."""
+    clip = PlantedClip(None)
+    images, usual = torch.zeros(40, SIZE, SIZE, 3, dtype=torch.uint8), clip.encode_images
+    white = FoundTrigger("masked", 0, torch.ones(3, SIZE, SIZE), torch.ones(1, SIZE, SIZE))
+
+    def overflowing(pixels: torch.Tensor) -> torch.Tensor:
+        features = usual(pixels)
+        return features.where(pixels.flatten(1).amax(1, keepdim=True) < 1, torch.nan)
+
+    monkeypatch.setattr(clip, "encode_images", overflowing)
+    assert encode(clip, images).isfinite().all()  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no numbers"):
+        encode(clip, images, white)  # type: ignore[arg-type]
+
+
+def test_a_fresh_trigger_is_made_anew_for_a_guard_that_was_fitted_to_another_bank(tmp_path: Path) -> None:
+    """A run that was stopped in its verdict and goes on with other threads may keep another trigger."""
+    clip = PlantedClip(TARGET)
+    made, other = search(tmp_path, clip, BRIEF).made, search(tmp_path / "other", clip, BRIEF, seed=1).made
+    banks = [TriggerBank((workshop.agnostic(),)) for workshop in (made, other)]
+    wanted = [(TARGET, "guarded", clip.head, 0.1)]
+    (before,) = made.fresh(wanted, banks[0])
+    (again,) = made.fresh(wanted, banks[0])
+    wanted = [(TARGET, "guarded", Head(clip.head.rows.roll(1, 0), 30.0), 0.1)]
+    (kept,), (anew,) = made.fresh(wanted, banks[0]), made.fresh(wanted, banks[1])
+    assert torch.equal(before.pattern, again.pattern)
+    assert torch.equal(before.pattern, kept.pattern)
+    assert not torch.equal(before.pattern, anew.pattern)
 
 
 def test_a_search_on_two_threads_finds_what_one_finds(tmp_path: Path, found: Findings) -> None:
@@ -207,7 +238,7 @@ def test_a_target_that_is_hidden_behind_another_stands_out_by_higher_patterns(tm
     assert hidden.area > hidden.natural / SETTINGS.stands_out
     assert hidden.natural != hidden.area
     assert hidden.score > SETTINGS.stands_out
-    (fresh,) = search(tmp_path, clip).made.fresh_raised([(5, "original", clip.head)])
+    (fresh,) = search(tmp_path, clip).made.fresh_raised([(5, "original", clip.head)], findings.bank)
     assert SETTINGS.epsilon < float(fresh.pattern.abs().max()) <= RAISED * SETTINGS.epsilon
 
 

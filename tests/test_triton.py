@@ -97,6 +97,16 @@ def test_a_repository_is_replaced_by_force_only(repository: Path, tiny_run: Path
     assert verify(repository / triton.VERSION).checks
 
 
+@pytest.mark.parametrize("name", ["resnet", "guarded/2", "guarded/warm.json"])
+def test_force_costs_no_other_model_of_the_repository(repository: Path, tiny_run: Path, name: str) -> None:
+    (repository / name).mkdir()
+    for layout in ("triton", "bundle"):
+        with pytest.raises(InputError, match="not replaced"):
+            export(tiny_run, repository, layout=layout, force=True)
+    assert (repository / name).is_dir()
+    assert verify(repository / triton.VERSION).checks
+
+
 @pytest.mark.usefixtures("traced")
 def test_one_precision_and_a_known_layout(tiny_run: Path, tmp_path: Path, schema: Any) -> None:
     with pytest.raises(InputError, match="serves one precision, not fp32, int8"):

@@ -17,7 +17,7 @@ from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.defense.stage2 import look_at
 from cbpt_guard.defense.tuning import FeatureSet
 from cbpt_guard.defense.verdict import Attacked, judge, measure
-from cbpt_guard.errors import CheckpointError, InputError
+from cbpt_guard.errors import InputError
 
 BOUNDS = VerdictSettings(found_asr=0.05, fresh_asr=0.03, accuracy_loss=0.02)
 ROWS = torch.eye(3)
@@ -265,8 +265,6 @@ def test_a_model_that_answers_all_alike_is_refused_however_often_it_is_right() -
     with pytest.raises(InputError, match=r"answers every clean image with 'a'\. Class names, tokenizer"):
         check_accuracy(Head(torch.eye(2), 10.0), constant, data)
     check_accuracy(Head(torch.eye(2), 10.0), one_differs, data)
-    with pytest.raises(CheckpointError, match="no numbers"):
-        check_accuracy(Head(torch.eye(2), 10.0), one_differs * torch.nan, data)
 
 
 @pytest.mark.parametrize("right", [117, 100, 0])

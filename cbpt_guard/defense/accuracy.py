@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.data import LabelledImages
 from cbpt_guard.defense.head import Head
-from cbpt_guard.errors import CheckpointError, InputError
+from cbpt_guard.errors import InputError
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 from cbpt_guard.metrics import standard_error
 
@@ -25,10 +25,7 @@ def check_accuracy(original: Head, features: Tensor, data: LabelledImages) -> tu
     Raises:
         InputError: it is not above chance by two standard errors, or all images, which are of two classes or more, are
             answered alike: names, tokenizer or preprocessing do not fit.
-        CheckpointError: features are no numbers.
     """
-    if not features.isfinite().all():
-        raise CheckpointError("the image tower gives features that are no numbers: the weights are damaged")
     answers = original.answers(features)
     accuracy = count_clean_accuracy(answers.numpy(), data.labels.numpy())
     chance = 1 / len(data.classes)

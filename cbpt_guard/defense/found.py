@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cbpt_guard.defense.planted.warp import moved
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.smooth import tinted
 from cbpt_guard.defense.together import Tally, together
-from cbpt_guard.errors import InputError
+from cbpt_guard.errors import CheckpointError, InputError
 
 Inverted = Literal["additive", "masked", "patch", "warp", "tint"]
 """Families that an inversion can make."""
@@ -105,6 +106,9 @@ def encode(
     """Unit features (N, E), on the CPU, of uint8 images (N, S, S, 3), clean or under a trigger.
 
     `batch` images at a time, by default as many as suit the device; side by side on a CPU.
+
+    Raises:
+        CheckpointError: features are no numbers; a comparison with one would pass for a kept bound.
     """
     placed, tally = None if trigger is None else trigger.to(clip.device), Tally(stage, len(images))
 
@@ -116,7 +120,10 @@ def encode(
         return features
 
     parts = images.split(batch or clip.batch)
-    return torch.cat(together([partial(encoded, part) for part in parts], progress, clip.device))
+    features = torch.cat(together([partial(encoded, part) for part in parts], progress, clip.device))
+    if not features.isfinite().all():
+        raise CheckpointError("the image tower gives features that are no numbers: the weights are damaged")
+    return features
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,12 @@ class TriggerBank:
 
     def __len__(self) -> int:
         return len(self.triggers)
+
+    @property
+    def mark(self) -> str:
+        """Eight hexadecimal digits by which one bank is told from another."""
+        tensors = [one for trigger in self for one in (trigger.pattern, trigger.mask) if one is not None]
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:8]
 
     def save(self, path: Path) -> None:
         """Write `triggers.safetensors`."""

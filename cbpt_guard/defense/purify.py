@@ -223,7 +223,8 @@ class Purification:
         masked = [(t, name, one, area) for t, area in budgets.items() for name, one in heads]
         raised = [(t, name, one) for t in findings.raised for name, one in heads]
         against = [name for _, name, *_ in masked] + [name for _, name, _ in raised]
-        for name, trigger in zip(against, [*made.fresh(masked), *made.fresh_raised(raised)], strict=True):
+        fresh = [*made.fresh(masked, findings.bank), *made.fresh_raised(raised, findings.bank)]
+        for name, trigger in zip(against, fresh, strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels, against=name))
         for trigger in made.fresh_waves(findings.bank):

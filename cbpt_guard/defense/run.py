@@ -68,7 +68,7 @@ class PurifyRun:
         try:
             with np.load(self.path / SAMPLES, allow_pickle=False) as file:
                 return file["images"], file["labels"]
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise InputError(f"{self.path / SAMPLES} is missing or malformed: {error}") from error
 
     def image_encoder(self) -> ImageEncoder:

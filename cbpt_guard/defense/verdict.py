@@ -11,7 +11,7 @@ from torch import Tensor
 from cbpt_guard.defense.head import GuardedHead
 from cbpt_guard.defense.record import ClassMetrics, Origin, RunMetrics, TriggerMetrics, Verdict
 from cbpt_guard.defense.settings import VerdictSettings
-from cbpt_guard.metrics import attack_success_rate, exceeds, largest_share, poisoned_accuracy
+from cbpt_guard.metrics import attack_success_rate, falls_beyond, largest_share, poisoned_accuracy
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
 _SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; most had 0.93 and more
@@ -124,14 +124,14 @@ def _unshown(run: RunMetrics, suspects: Sequence[str]) -> str | None:
 def _lost(run: RunMetrics, suspects: Sequence[str], settings: VerdictSettings) -> Iterator[str]:
     """What the guard costs on clean images beyond its bounds; one image alone never counts as a rate."""
     loss = run.clean_accuracy_before - run.clean_accuracy_after
-    if exceeds(loss, settings.accuracy_loss) and exceeds(loss * run.images, 1):
+    if falls_beyond(loss, settings.accuracy_loss, run.images):
         yield f"clean accuracy fell by {100 * loss:.1f} points, more than {100 * settings.accuracy_loss:.1f}"
-    if run.flagged_clean > settings.false_alarms and exceeds(run.flagged_clean * run.images, 1):
+    if falls_beyond(run.flagged_clean, settings.false_alarms, run.images):
         yield f"{100 * run.flagged_clean:.1f} % of clean images are flagged, over {100 * settings.false_alarms:g} %"
     for row in run.classes:
         if row.label in suspects and row.before is not None and row.after is not None:
             lost = row.before - row.after
-            if exceeds(lost, settings.recall_loss) and exceeds(lost * row.images, 1):
+            if falls_beyond(lost, settings.recall_loss, row.images):
                 yield f"clean recall of the suspected {row.label!r} fell by {100 * lost:.0f} points"
 
 

@@ -116,21 +116,32 @@ class Workshop:
             ]
         )
 
-    def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]]) -> list[FoundTrigger]:
-        """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget)."""
+    def fresh(self, wanted: Sequence[tuple[int, str, Answering, float]], bank: TriggerBank) -> list[FoundTrigger]:
+        """Masked triggers with draws of their own, for each (target, name of what is misled, itself, area budget).
+
+        `bank`: what the guard was fitted to. One found on another number of cores may differ, and so may the guard.
+        """
         return self._all(
             [
-                self._making(f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget)
+                self._making(
+                    f"fresh-{name}-{c}", f"fresh trigger, {name} model,", c, "masked", head, budget, mark=bank.mark
+                )
                 for c, name, head, budget in wanted
             ]
         )
 
-    def fresh_raised(self, wanted: Sequence[tuple[int, str, Answering]]) -> list[FoundTrigger]:
+    def fresh_raised(self, wanted: Sequence[tuple[int, str, Answering]], bank: TriggerBank) -> list[FoundTrigger]:
         """Raised additive ones with draws of their own, for each (target, name of what is misled, itself)."""
         return self._all(
             [
                 self._making(
-                    f"fresh-raised-{name}-{c}", f"fresh raised trigger, {name} model,", c, "additive", head, raised=True
+                    f"fresh-raised-{name}-{c}",
+                    f"fresh raised trigger, {name} model,",
+                    c,
+                    "additive",
+                    head,
+                    raised=True,
+                    mark=bank.mark,
                 )
                 for c, name, head in wanted
             ]
@@ -160,9 +171,10 @@ class Workshop:
         *,
         at: Place | None = None,
         raised: bool = False,
+        mark: str = "",
     ) -> Making:
-        """How a trigger is made, unless the journal has it by that name."""
-        subject = self._subject.raised if raised else self._subject
+        """How a trigger is made, unless the journal has it by that name and mark; its draws are of the name alone."""
+        subject, part = self._subject.raised if raised else self._subject, f"{name}-{mark}" if mark else name
 
         def make(progress: Progress) -> FoundTrigger:
             draws, stage = generator(self._seed, name), f"{what} toward {self._classes[target]}"
@@ -170,7 +182,7 @@ class Workshop:
                 subject, target, family, draws, progress, stage=stage, against=against, budget=budget, at=at
             )
 
-        return lambda progress: self._journal.trigger(name, lambda: make(progress))
+        return lambda progress: self._journal.trigger(part, lambda: make(progress))
 
     def _all(self, makings: Sequence[Making]) -> list[FoundTrigger]:
         return together(makings, self._progress, self._subject.clip.device)
