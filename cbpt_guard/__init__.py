@@ -4,8 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cbpt_guard.classifier import GuardedClassifier, Prediction
 from cbpt_guard.errors import CbptGuardError
+from cbpt_guard.images import ImageLimits
 
-__all__ = ["CbptGuardError", "GuardedClassifier", "Prediction", "__version__"]
+__all__ = ["CbptGuardError", "GuardedClassifier", "ImageLimits", "Prediction", "__version__"]
 
 try:
     __version__ = version("cbpt-guard")
