@@ -55,14 +55,23 @@ def main() -> None:
 def measured() -> list[Line]:
     """The variants' lines and, of the same attacks and seeds, those of the methods unchanged."""
     own = lines_in(LINES)
-    met = set(map(_run, own))
     counted = [line for line in committed() if line.attack not in (OFF, CONTROL)]
-    return [*(line for line in counted if line.defense in WHOLE and _run(line) in met), *own]
+    of_runs, of_cells = {_run(line) for line in own if line.defense not in UNSEARCHED}, set(map(_cell, own))
+    whole = [line for line in counted if line.defense in WHOLE]
+    kept = [
+        line for line in whole if (_cell(line) in of_cells if line.defense in UNSEARCHED else _run(line) in of_runs)
+    ]
+    return [*kept, *own]
+
+
+def _cell(line: Line) -> tuple[object, ...]:
+    """What lines share that meet one planting with one draw of shots."""
+    return line.implant, line.suspect_sha256, line.seed, line.shots
 
 
 def _run(line: Line) -> tuple[object, ...]:
-    """What a variant shares with the run whose found triggers it takes: one planting, one draw of shots."""
-    return line.implant, line.suspect_sha256, line.seed, line.shots
+    """What a variant shares with the run whose found triggers it takes: the cell and the search."""
+    return *_cell(line), line.search
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -188,13 +188,18 @@ def searches(lines: Sequence[Line]) -> str:
 
 def plantings(logs: Sequence[Path], named: Collection[str | None]) -> Iterator[str]:
     """What each implant did when it was planted, by its own record; those alone whose checkpoint a line names."""
-    records = [record for log in logs for record in read(log) if record["suspect_sha256"] in named]
+    records = {
+        (record["implant"], record["suspect_sha256"]): record
+        for log in logs
+        for record in read(log)
+        if record["suspect_sha256"] in named
+    }
     if not records:
         yield "No line names a planting yet."
         return
     yield joined(("implant", "sha256", "trigger", "target", "CA, clean model", "CA, poisoned", "ASR", "images", "took"))
     yield joined(["---"] * 9)
-    for record in records:
+    for record in records.values():
         for report in record["reports"]:
             shares = [f"{100 * report[share]:.1f}" for share in ("ca_clean", "ca_poisoned", "asr")]
             name, trigger, target = (

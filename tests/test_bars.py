@@ -9,6 +9,7 @@ from lines import SHARES, line
 
 from cbpt_guard.bench.bars import apart, attacks, bars, verdicts
 from cbpt_guard.bench.lines import ClassRecall, Line, PairShares, Shares
+from cbpt_guard.defense.calibration import SEARCH
 
 
 def cbpt(name: str = "badnet", **given: Any) -> Line:
@@ -226,6 +227,27 @@ def test_verdicts_against_the_truth() -> None:
     assert "and 1 (issba) lose more than 5 points" in verdicts([*broken, *kept])
     other = [run.model_copy(update={"defense": "cbpt-prompts"}) for run in runs[:3]]
     assert "said once above an ASR of 5 % (wanet), and of 2 of 2 runs" in verdicts([*runs, *other], "cbpt-prompts")
+
+
+def test_runs_of_todays_search_are_told_apart() -> None:
+    runs = [
+        cbpt(search=SEARCH),
+        cbpt("sig", search=SEARCH, asr=0.06),
+        cbpt("wanet", search=SEARCH, verdict="unverified"),
+    ]
+    older = [cbpt("two"), cbpt("filter", search=SEARCH - 1)]
+    text = verdicts([*runs, *older])
+    assert "said once above an ASR of 5 % (sig), and of 3 of 4 runs that succeeded." in text
+    assert f"Of these 5 runs 3 are by version {SEARCH} of the search, today's" in text
+    assert "there it was said once above that, and of 1 of 2 that succeeded." in text
+    control = [cbpt(name, attack="none", took=None, suspects=(), search=SEARCH) for name in ("badnet", "sig")]
+    assert "By today's search are 1 of these 2." in verdicts([*control, cbpt("weak", took=False, suspects=())])
+
+
+def test_each_suspected_class_counts_where_recall_was_lost() -> None:
+    """Of an implant with two targets the mean over both says little of the one that lost."""
+    both = (ClassRecall(name="a", recall=0.70, undefended=0.76), ClassRecall(name="b", recall=0.5, undefended=0.5))
+    assert "and 1 (two) lose more than 5 points of a suspected class's" in verdicts([cbpt("two", suspects=both)])
 
 
 def test_suspicions_where_no_planted_trigger_works_are_counted_by_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,12 @@ def test_a_run_with_other_shots_costs_apart() -> None:
     assert "| cbpt | 50 | 1 | 100 | 200 | 200 | 700 |" in text
 
 
+def test_cbpt_costs_apart_by_its_search() -> None:
+    text = table([*OURS, line(defense="cbpt", seed=3, search=7, seconds=100, cpu_seconds=200)])
+    assert "| cbpt | 16 | 3 | 2 | 2 | 2 | 700 |" in text
+    assert "| cbpt, search 7 | 16 | 1 | 100 | 200 | 200 | 700 |" in text
+
+
 def test_what_the_control_took_counts_once_though_many_lines_tell_it() -> None:
     control = [line(attack="none", implant=name, took=None, cpu_seconds=10.0) for name in "abc"]
     cost = table([line(cpu_seconds=2.0), line(implant="other", cpu_seconds=3.0), *control]).partition("**Cost**")[2]
@@ -342,6 +349,32 @@ def test_the_picture_has_the_same_bytes_each_time_and_every_defence(file: Path, 
     assert all(f">{name}</text>".encode() in first for name in shown)
     moved = plot([line(), *OURS, RIVAL.model_copy(update={"asr": 0.6})], tmp_path / "c.svg").read_bytes()
     assert moved != first
+
+
+def test_a_defence_has_one_marker_and_colour_in_all_panels(tmp_path: Path) -> None:
+    """In the second panel there are fewer, so that numbers of its own would give one the other's."""
+    pytest.importorskip("matplotlib")
+    elsewhere = [one.model_copy(update={"dataset": "letters"}) for one in (*OURS, RIVAL)]
+    plot([line(), *OURS, RIVAL, *elsewhere], tmp_path / "a.svg")
+    points = re.findall(r'<use xlink:href="#(\w+)"[^>]*style="fill: (#\w+)', (tmp_path / "a.svg").read_text())
+    shapes = {colour: {shape for shape, other in points if other == colour} for _, colour in points}
+    colours = ("#1f77b4", "#ff7f0e", "#2ca02c")
+    assert set(shapes) == set(colours), "of none, cbpt and probe"
+    first, second = (tmp_path / "a.svg").read_text().split('<g id="axes_2">')
+    assert [colour in second for colour in colours] == [False, True, True]
+    assert all(colour in first for colour in colours)
+
+
+def test_on_the_clean_model_those_alone_are_compared_that_met_the_same_trigger() -> None:
+    """Trained triggers are others each time they are made."""
+    ours, theirs = (
+        line(defense=name, attack="none", took=None, max_share=m) for name, m in (("cbpt", 0.3), ("par", 0.2))
+    )
+    found = rows([ours, theirs])
+    (row,) = [row for row in found if row.defense == "par"]
+    assert "largest share" in wins(found, row)
+    other = theirs.model_copy(update={"undefended": theirs.undefended.model_copy(update={"max_share": 0.2})})
+    assert not wins(rows([ours, other]), row)
 
 
 def test_only_attacks_that_took_are_drawn_and_other_numbers_of_shots_apart(file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lines import line
 
 from cbpt_guard.bench.lines import CONTROL
 from cbpt_guard.bench.plan import Plan
+from cbpt_guard.bench.settings import TRUE_TRIGGER
 from cbpt_guard.bench.summary import summary
 from cbpt_guard.defense.calibration import SEARCH
 
@@ -60,6 +61,27 @@ def test_the_table_of_ablations_has_the_methods_first_and_what_was_not_measured_
     assert ablations.table([]) == "No variant has been measured yet."
     unsearched = line(defense="clean-prompts", implant="badnet")
     assert ablations.searches([lines[2], unsearched]) == "Version of the search that found the triggers: sig 4."
+
+
+def test_ablations_are_held_against_the_run_whose_triggers_they_have(
+    commands: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that was measured again with another search found other triggers: differences are then the search's."""
+    import ablations  # beside `commands`
+
+    variant = line(defense="cbpt_guard.bench.ablations:masked_only", implant="sig", search=4)
+    planted = line(defense=TRUE_TRIGGER, implant="wanet")
+    methods = [
+        line(defense="cbpt", implant="sig", search=4),
+        line(defense="cbpt", implant="sig", search=4, seed=1),
+        line(defense="cbpt-prompts", implant="sig", search=5),
+        line(defense="clean-prompts", implant="sig"),
+        line(defense="cbpt", implant="wanet", search=4),
+        line(defense="clean-prompts", implant="wanet"),
+    ]
+    monkeypatch.setattr(ablations, "lines_in", lambda folder: [variant, planted])
+    monkeypatch.setattr(ablations, "committed", lambda: methods)
+    assert ablations.measured() == [methods[0], methods[3], methods[5], variant, planted]
 
 
 def test_both_rules_stand_side_by_side_and_no_test_image_is_among_them(
@@ -112,7 +134,7 @@ def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, Modu
     report = {"trigger": "a | b", "target": "three", "images": 300, "ca_clean": 0.9, "ca_poisoned": 0.885, "asr": 0.9}
     records = [
         {"implant": name, "suspect_sha256": sha * 64, "took": sha != "3", "reports": [report]}
-        for name, sha in (("one", "1"), ("two", "2"), ("one", "3"))
+        for name, sha in (("one", "1"), ("two", "2"), ("one", "3"), ("one", "1"))
     ]
     (tmp_path / "log").write_text("".join(json.dumps(record) + "\n" for record in records))
     _, _, *told = evidence.plantings([tmp_path / "log", tmp_path / "none"], {"1" * 64, "3" * 64, None})

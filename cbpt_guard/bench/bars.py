@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, Shares
 from cbpt_guard.bench.table import CEILING, ENSEMBLE, OURS, UNTOUCHED, joined
+from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.metrics import exceeds
 
@@ -285,9 +286,22 @@ def verdicts(lines: Sequence[Line], defense: str = OURS) -> str:
     false = [run for run in runs if run.verdict == "guarded" and run.asr_worst > SUCCESS_ASR]
     named = f" ({', '.join(dict.fromkeys(run.implant for run in false))})" if false else ""
     said = f"*guarded* was said {_times(len(false))} above an ASR of {100 * SUCCESS_ASR:g} %{named}"
-    share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded."
+    share = f", and of {good.get('guarded', 0)} of {sum(good.values())} runs that succeeded. {_of_today(runs)}"
     told = "\n".join([joined(head), joined(["---"] * len(head)), *rows, "", said + share])
     return "\n\n".join(part for part in (told, _seen_by_few(runs), _suspicions(idle)) if part)
+
+
+def _of_today(runs: Sequence[Line]) -> str:
+    """The same of the runs by today's search alone: what an earlier one did says little of what ships."""
+    own = [run for run in runs if run.search == SEARCH]
+    good = [run for run in own if _succeeded(run)]
+    guarded = [run for run in own if run.verdict == "guarded"]
+    false = sum(run.asr_worst > SUCCESS_ASR for run in guarded)
+    kept = sum(_succeeded(run) for run in guarded)
+    return (
+        f"Of these {len(runs)} runs {len(own)} are by version {SEARCH} of the search, today's: there it was said "
+        f"{_times(false)} above that, and of {kept} of {len(good)} that succeeded."
+    )
 
 
 def _suspicions(lines: Sequence[Line]) -> str:
@@ -304,7 +318,8 @@ def _suspicions(lines: Sequence[Line]) -> str:
     of = f"{len(runs)} run{'s' if len(runs) > 1 else ''} on clean models and on implants that did not take"
     found = [f"{name}, {of_run[0].verdict}" for (name, *_), of_run in runs.items() if any(map(_suspects, of_run))]
     told = f"{len(found)} of {of} ({'; '.join(found)})" if found else f"none of {of}"
-    return f"A class is suspected in {told}."
+    today = sum(of_run[0].search == SEARCH for of_run in runs.values())
+    return f"A class is suspected in {told}. By today's search are {today} of these {len(runs)}."
 
 
 def _suspects(line: Line) -> bool:
@@ -322,13 +337,19 @@ def _seen_by_few(runs: Sequence[Line]) -> str:
     if not guarded:
         return ""
     flagged = [run for run in guarded if exceeds(run.flag_clean, _BOUNDS.false_alarms)]
-    lost = [run for run in guarded if exceeds(run.undefended.target_recall - run.target_recall, _BOUNDS.recall_loss)]
+    lost = [run for run in guarded if exceeds(_most_lost(run), _BOUNDS.recall_loss)]
     alarms, recall = 100 * _BOUNDS.false_alarms, 100 * _BOUNDS.recall_loss
     return (
         f"On the counted images {_named(flagged)} of these {len(guarded)} guarded runs flag more than {alarms:g} % of "
-        f"the clean ones, and {_named(lost)} lose more than {recall:g} points of the target's clean recall: what the "
-        "verdict bounds, too, but on the images that are held out."
+        f"the clean ones, and {_named(lost)} lose more than {recall:g} points of a suspected class's clean recall: "
+        "what the verdict bounds, too, but on the images that are held out."
     )
+
+
+def _most_lost(run: Line) -> float:
+    """Of the clean recall of the targets, together or, where the line says it, of any suspected class."""
+    each = [one.undefended - one.recall for one in run.suspects or ()]
+    return max([run.undefended.target_recall - run.target_recall, *each])
 
 
 def _named(runs: Sequence[Line]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
-from cbpt_guard.bench.lines import CONTROL, OFF, Line
+from cbpt_guard.bench.lines import CONTROL, OFF, Line, Shares
 
 OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE = "cbpt", "cbpt-prompts", "oracle", "none", "ensemble"
 NO_RIVALS = (OURS, PAPER, CEILING, UNTOUCHED, ENSEMBLE)
@@ -84,10 +84,18 @@ def percents(lines: Sequence[Line], column: str) -> float:
 
 
 def beside(found: Rows, row: Row) -> tuple[list[Line], list[Line]]:
-    """A row's lines and CBPT's under the same attack, those seeds alone that both have."""
+    """A row's lines and CBPT's under the same attack, those seeds alone that both have.
+
+    A trigger that is trained is another each time it is made. On the clean model, where each line may be of another
+    one, both must have met the same, by their undefended shares.
+    """
     theirs, ours = found[row], found.get(row._replace(defense=OURS), [])
-    seeds = {line.seed for line in theirs} & {line.seed for line in ours}
-    return [line for line in theirs if line.seed in seeds], [line for line in ours if line.seed in seeds]
+
+    def met(line: Line) -> tuple[int, Shares | None]:
+        return line.seed, line.undefended if row.attack == CONTROL else None
+
+    both = set(map(met, theirs)) & set(map(met, ours))
+    return [line for line in theirs if met(line) in both], [line for line in ours if met(line) in both]
 
 
 def wins(found: Rows, row: Row) -> list[str]:
@@ -270,13 +278,18 @@ def _beside_another(groups: Iterable[Sequence[Line]]) -> str:
 
 
 def _cost(found: Rows) -> str:
-    """What each defence took with so many shots; a run that many lines tell of, as of the control's, counts once."""
+    """What each defence took with so many shots, CBPT by the version of its search, where lines say it.
+
+    A run that many lines tell of, as of the control's, counts once.
+    """
     runs: dict[tuple[str, int, bool], dict[tuple[object, ...], Line]] = {}
     for row, group in found.items():
         clean = row.attack == CONTROL
         suspect = row.dataset if clean else row.implant
-        own = runs.setdefault((row.defense, row.shots, clean), {})
-        own.update({(row.attack, suspect, line.split, line.seed): line for line in group})
+        for line in group:
+            name = row.defense if line.search is None else f"{row.defense}, search {line.search}"
+            own = runs.setdefault((name, row.shots, clean), {})
+            own[row.attack, suspect, line.split, line.seed] = line
     head = (
         "defence",
         "shots",
