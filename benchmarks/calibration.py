@@ -239,8 +239,9 @@ def by_part(found: list[Line]) -> str:
     """A row for each family and half: how well scores tell clean from poisoned, and where the true target ranks."""
     rows = [
         "| models | half | clean | poisoned | AUROC (95 %) | clean that stand out "
-        "| poisoned that stand out | true target first | in the first three | median seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| poisoned that stand out | classes that stand out beside the target | true target first | in the first three "
+        "| median seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(one["family"] for one in found):
         for part in PARTS:
@@ -259,6 +260,7 @@ def by_part(found: list[Line]) -> str:
                     f"{area:.3f} ({low:.3f} to {high:.3f})",
                     sum(bool(one["suspects"]) for one in clean),
                     sum(bool(one["suspects"]) for one in poisoned),
+                    sum(len(set(one["suspects"]) - {one["target"]}) for one in poisoned),
                     first,
                     three,
                     f"{median(one['seconds'] for one in own):.0f}",

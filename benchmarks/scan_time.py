@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from command import append, parsers, ran, read, stamp
@@ -60,16 +61,23 @@ def lines() -> list[dict[str, Any]]:
 
 
 def told(measured: list[dict[str, Any]]) -> str:
-    """Markdown: what the last line of each model says, and whether it took no longer than it may."""
+    """Markdown: what lines of each model by its last search say, and whether their median is within what it may be."""
     last = {line["model"]: line for line in measured}
-    return "\n".join(f"- {_told(line)}" for line in last.values()) or "Not measured yet."
+    alike = [[one for one in measured if _version(one) == _version(line)] for line in last.values()]
+    return "\n".join(f"- {_told(group)}" for group in alike) or "Not measured yet."
 
 
-def _told(line: dict[str, Any]) -> str:
-    minutes, most = line["seconds"] / 60, MOST_MINUTES[line["model"]]
+def _version(line: dict[str, Any]) -> tuple[str, int | None]:
+    return line["model"], line.get("search")
+
+
+def _told(alike: list[dict[str, Any]]) -> str:
+    line, times = alike[-1], sorted(one["seconds"] / 60 for one in alike)
+    minutes, most = median(times), MOST_MINUTES[line["model"]]
     kept = "within" if minutes <= most else "**not within**"
+    several = f" (median of {len(times)}, {times[0]:.1f} to {times[-1]:.1f})" if len(times) > 1 else ""
     return (
-        f"{line['model']}: {minutes:.1f} min, {kept} the {most} that it is held to, {line['peak_mb']} MiB "
+        f"{line['model']}: {minutes:.1f} min{several}, {kept} the {most} that it is held to, {line['peak_mb']} MiB "
         f"(search {line.get('search', 'not said')}; {line['machine']}; "
         f"other processes took {line['others_cores']:.1f} cores)"
     )

@@ -102,6 +102,11 @@ def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
     rest = "the 3 that it is held to, 900 MiB (search 6; 2 cores; other processes took 0.0 cores)"
     assert fast == f"- suspect-badnet: 3.0 min, within {rest}"
     assert slow == f"- suspect-badnet: 3.1 min, **not within** {rest}"
+    several = [line | {"seconds": seconds} for seconds in (200.0, 170.0, 176.0)]
+    older, other = line | {"seconds": 99.0, "search": 5}, line | {"seconds": 60.0, "model": "mobilenet-clip"}
+    first, second = scan_time.told([older, *several, other]).splitlines()
+    assert first == f"- suspect-badnet: 2.9 min (median of 3, 2.8 to 3.3), within {rest}"
+    assert second.startswith("- mobilenet-clip: 1.0 min, within the 12")
     assert scan_time.told([]) == "Not measured yet."
 
 
