@@ -29,13 +29,15 @@ HERE = Path(__file__).parent
 LINES, PLAN = HERE / "ablations", HERE / "ablations.toml"
 RULE = HERE / "rule"
 PAGE = HERE.parent / "docs" / "method.md"
+CLEAN = "clean-prompts"
 WHOLE = {
     "cbpt": "CBPT as it is: the switch, anchored rows",
     "cbpt-prompts": "the paper's rule: the tuned prompts answer every image",
-    "clean-prompts": "the paper's rule without stage 1: prompts tuned on clean images alone",
+    CLEAN: "the paper's rule without stage 1: prompts tuned on clean images alone",
 }
-"""The methods that the variants are held against, from the evidence's own lines."""
-UNSEARCHED = ("clean-prompts", TRUE_TRIGGER)
+"""What the variants are held against. The first two answer from the same found triggers, so they are lines of the same
+run, which those of the evidence need not be."""
+UNSEARCHED = (CLEAN, TRUE_TRIGGER)
 """Those that no found trigger is in."""
 BY_RULE = {"none": "the suspect", "cbpt": "the switch", "cbpt-prompts": "the paper's rule"}
 
@@ -53,25 +55,16 @@ def main() -> None:
 
 
 def measured() -> list[Line]:
-    """The variants' lines and, of the same attacks and seeds, those of the methods unchanged."""
+    """The variants and the methods unchanged, of one run each, and what needs no found trigger from the evidence."""
     own = lines_in(LINES)
+    met = set(map(_cell, own))
     counted = [line for line in committed() if line.attack not in (OFF, CONTROL)]
-    of_runs, of_cells = {_run(line) for line in own if line.defense not in UNSEARCHED}, set(map(_cell, own))
-    whole = [line for line in counted if line.defense in WHOLE]
-    kept = [
-        line for line in whole if (_cell(line) in of_cells if line.defense in UNSEARCHED else _run(line) in of_runs)
-    ]
-    return [*kept, *own]
+    return [*(line for line in counted if line.defense == CLEAN and _cell(line) in met), *own]
 
 
 def _cell(line: Line) -> tuple[object, ...]:
     """What lines share that meet one planting with one draw of shots."""
     return line.implant, line.suspect_sha256, line.seed, line.shots
-
-
-def _run(line: Line) -> tuple[object, ...]:
-    """What a variant shares with the run whose found triggers it takes: the cell and the search."""
-    return *_cell(line), line.search
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -72,12 +72,16 @@ def _version(line: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _told(alike: list[dict[str, Any]]) -> str:
-    line, times = alike[-1], sorted(one["seconds"] / 60 for one in alike)
+    line, times = alike[-1], [one["seconds"] / 60 for one in alike]
     minutes, most = median(times), MOST_MINUTES[line["model"]]
     kept = "within" if minutes <= most else "**not within**"
-    several = f" (median of {len(times)}, {times[0]:.1f} to {times[-1]:.1f})" if len(times) > 1 else ""
+    several = ""
+    if len(times) > 1:
+        each, inside = ", ".join(f"{one:.2f}" for one in times), sum(one <= most for one in times)
+        several = f" (median of {each}, {inside} of {len(times)} within)"
     return (
-        f"{line['model']}: {minutes:.1f} min{several}, {kept} the {most} that it is held to, {line['peak_mb']} MiB "
+        f"{line['model']}: {minutes:.1f} min{several}, {kept} the {most} that it is held to, "
+        f"{max(one['peak_mb'] for one in alike)} MiB "
         f"(search {line.get('search', 'not said')}; {line['machine']}; "
         f"other processes took {line['others_cores']:.1f} cores)"
     )

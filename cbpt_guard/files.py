@@ -168,12 +168,12 @@ def _replace(partial: Path, out: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Have a file, or a folder's names, written to the disk: after a power loss a rename alone may stand."""
-    folder, handle = path.is_dir(), os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if folder else nullcontext():  # there are file systems that sync no folder
+    with suppress(OSError) if path.is_dir() else nullcontext():  # some may not be read, some disks sync no folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def _old(out: Path) -> Path:

@@ -43,8 +43,9 @@ def measure_parity(graph: GuardedGraph, session: Session, images: Pixels) -> Par
     wanted = torch_outputs(graph, images)
     decided = decision_slack(graph.head, wanted.embedding) > bound
     few = np.linspace(0, len(images) - 1, min(_FEW, len(images))).round().astype(np.int64)
+    runs: list[tuple[npt.NDArray[np.int64] | slice, int]] = [(slice(None), _BATCH)]
     worst = 0.0
-    for chosen, batch in ((np.arange(len(images)), _BATCH), *((few, batch) for batch in _OTHER_BATCHES)):
+    for chosen, batch in (*runs, *((few, batch) for batch in _OTHER_BATCHES)):
         found, expected, sure = session.run(images[chosen], batch), _taken(wanted, chosen), decided[chosen]
         difference = _logit_difference(found, expected, sure)
         moved = _embedding_logits(graph.head) * _embedding_difference(found, expected)
@@ -88,7 +89,7 @@ def _embedding_logits(head: GuardedHead) -> float:
     return head.original.scale * float(longest)
 
 
-def _taken(outputs: Outputs, chosen: npt.NDArray[np.int64]) -> Outputs:
+def _taken(outputs: Outputs, chosen: npt.NDArray[np.int64] | slice) -> Outputs:
     logits, triggered, original, embedding = outputs
     return Outputs(logits[chosen], triggered[chosen], original[chosen], embedding[chosen])
 

@@ -44,7 +44,7 @@ def build_full(data: bytes, session: Session, parts: Parts, parity: Parity) -> B
     """The fp32 graph with its gate measured; whether a failure is one is the caller's to say."""
     answers = answer_all(session, parts.images, parts.labels, parts.bank)
     measured = measure_gate(answers, parts.labels)
-    golden = make_golden(session, parts.graph.head, parts.bank)
+    golden = make_golden(session, parts.graph.head, parts.bank, golden_tolerance(parts.graph.head))
     variant = Variant(file=MODEL, parity=parity, gate=measured.gate)
     failure = _caught(lambda: check_gate(measured.gate, parts.bounds))
     return Built(data, variant, golden, answers, measured, failure)
@@ -93,14 +93,16 @@ def _measured(method: str, data: bytes, full: Built, parts: Parts, doors: Graph)
 
 def _built(precision: str, chosen: _Candidate, parts: Parts, failure: str | None) -> Built:
     head = parts.graph.head
-    golden = make_golden(chosen.session, head, parts.bank)
+    allowed = _allowed(precision, head, chosen.agreement)
+    golden = make_golden(chosen.session, head, parts.bank, allowed)
+    slack = decision_slack(head, chosen.session.run(golden.images).embedding)
     variant = Variant(
         file=MODEL.replace(".", f".{precision}."),
         gate=chosen.measured.gate,
         agreement=chosen.agreement,
         method=chosen.method,
         golden=GOLDEN.replace(".", f".{precision}."),
-        tolerance=_tolerance(precision, chosen.session, head, golden, chosen.agreement),
+        tolerance=float(max(golden_tolerance(head), min(allowed, float(slack.min())))),  # no decision may change
     )
     return Built(chosen.data, variant, golden, chosen.answers, chosen.measured, failure)
 
@@ -153,13 +155,9 @@ def _better(found: list[_Candidate]) -> _Candidate:
     return max(small, key=lambda candidate: candidate.agreement.clean)
 
 
-def _tolerance(precision: str, session: Session, head: GuardedHead, golden: Golden, agreement: Agreement) -> float:
-    """How far another processor's answers may be off, in logits.
+def _allowed(precision: str, head: GuardedHead, agreement: Agreement) -> float:
+    """How far another processor's answers should be allowed to be off, in logits.
 
-    As far as this precision lies from fp32, for nothing promises that two processors round alike, and never so far
-    that a decision of the rule on a golden picture could change.
+    As far as this precision lies from fp32, for nothing promises that two processors round alike.
     """
-    least = golden_tolerance(head)
-    allowed = max(agreement.max_logit_difference, least * (_HALF_WIDER if precision == "fp16" else 1))
-    slack = decision_slack(head, session.run(golden.images).embedding)
-    return float(max(least, min(allowed, float(slack.min()))))
+    return max(agreement.max_logit_difference, golden_tolerance(head) * (_HALF_WIDER if precision == "fp16" else 1))

@@ -86,7 +86,8 @@ def _check_key(path: str | os.PathLike[str], bundle: OpenedBundle, key: str | os
 def _check_golden(path: str | os.PathLike[str], bundle: OpenedBundle, golden: Golden, precision: str) -> Check:
     guard = GuardedClassifier.load(path, digest=bundle.digest, precision=precision, check=False)
     allowed = bundle.manifest.tolerance(bundle.manifest.variants[precision])
-    return _compared(f"golden {precision}", len(golden.images), guard.self_test(golden), allowed)
+    check = _compared(f"golden {precision}", len(golden.images), guard.self_test(golden), allowed)
+    return Check(check.name, f"{check.outcome}; {int(golden.triggered.sum())} of them flagged")
 
 
 def _deep(bundle: OpenedBundle, golden: Golden, variant: Variant, run: PurifyRun | None) -> list[Check]:

@@ -95,6 +95,7 @@ def export(
         manifest = _write(run, bundle, opset, precisions, allow_unguarded, progress or _silent)
         if layout == "triton":
             write_repository(folder, manifest, run.head().classes)
+        _check_target(run, target, layout)  # minutes have passed
     return target
 
 
@@ -117,6 +118,7 @@ def _write(
     images = with_triggered(parts.images, parts.bank)
     progress(f"comparing it with torch on {len(images)} images")
     parity = measure_parity(parts.graph, session, images)
+    del images
     progress(f"measuring the gate under {len(parts.bank)} found triggers")
     full = build_full(data, session, parts, parity)
     if full.failure is not None and not allow_unguarded:
@@ -146,7 +148,8 @@ def _manifest(
     run: PurifyRun, parts: Parts, *, doors: Graph, built: dict[str, Built], allow_unguarded: bool
 ) -> Manifest:
     record, measured = run.record, next(iter(built.values())).measured
-    failures = [made.failure for made in built.values() if made.failure is not None]
+    # where nothing is suspected nothing is guarded, and triggers toward the likeliest class may well work
+    failures = [made.failure for made in built.values() if made.failure is not None and record.suspects]
     return Manifest(
         cbpt_guard=cbpt_guard.__version__,
         created=record.created,  # the run's: two exports of one run are equal to the byte

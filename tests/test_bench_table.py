@@ -290,26 +290,31 @@ def test_implants_that_were_planted_again_are_told_with_their_spread() -> None:
 
 def test_the_cost_is_told_per_defence() -> None:
     text = table([*OURS, line(defense="cbpt", seed=3, seconds=100, cpu_seconds=200, peak_mb=900)])
-    assert "| cbpt | 16 | 4 | 2 | 2 | 200 | 900 |" in text
+    assert "| cbpt | - | 16 | 4 | 2 | 2 | 200 | 900 |" in text
 
 
 def test_a_run_with_other_shots_costs_apart() -> None:
     text = table([*OURS, line(defense="cbpt", shots=50, seconds=100, cpu_seconds=200)])
-    assert "| cbpt | 16 | 3 | 2 | 2 | 2 | 700 |" in text
-    assert "| cbpt | 50 | 1 | 100 | 200 | 200 | 700 |" in text
+    assert "| cbpt | - | 16 | 3 | 2 | 2 | 2 | 700 |" in text
+    assert "| cbpt | - | 50 | 1 | 100 | 200 | 200 | 700 |" in text
 
 
 def test_cbpt_costs_apart_by_its_search() -> None:
-    text = table([*OURS, line(defense="cbpt", seed=3, search=7, seconds=100, cpu_seconds=200)])
-    assert "| cbpt | 16 | 3 | 2 | 2 | 2 | 700 |" in text
-    assert "| cbpt, search 7 | 16 | 1 | 100 | 200 | 200 | 700 |" in text
+    text = table([line(defense="cbpt", seed=3, search=7, seconds=100, cpu_seconds=200), *OURS, RIVAL])
+    cost = [row for row in text.partition("**Cost**")[2].splitlines() if row.startswith("| ")][1:]
+    assert cost == [
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| cbpt | - | 16 | 3 | 2 | 2 | 2 | 700 |",
+        "| cbpt | 7 | 16 | 1 | 100 | 200 | 200 | 700 |",
+        "| probe | - | 16 | 1 | 2 | 2 | 2 | 700 |",
+    ]
 
 
 def test_what_the_control_took_counts_once_though_many_lines_tell_it() -> None:
     control = [line(attack="none", implant=name, took=None, cpu_seconds=10.0) for name in "abc"]
     cost = table([line(cpu_seconds=2.0), line(implant="other", cpu_seconds=3.0), *control]).partition("**Cost**")[2]
-    assert "| none | 16 | 2 | 2 | 2 | 3 | 700 |" in cost
-    assert "| none, clean model | 16 | 1 | 2 | 10 | 10 | 700 |" in cost
+    assert "| none | - | 16 | 2 | 2 | 2 | 3 | 700 |" in cost
+    assert "| none, clean model | - | 16 | 1 | 2 | 10 | 10 | 700 |" in cost
 
 
 def test_development_and_test_images_are_never_averaged() -> None:

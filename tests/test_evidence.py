@@ -69,19 +69,22 @@ def test_ablations_are_held_against_the_run_whose_triggers_they_have(
     """A method that was measured again with another search found other triggers: differences are then the search's."""
     import ablations  # beside `commands`
 
-    variant = line(defense="cbpt_guard.bench.ablations:masked_only", implant="sig", search=4)
-    planted = line(defense=TRUE_TRIGGER, implant="wanet")
-    methods = [
-        line(defense="cbpt", implant="sig", search=4),
-        line(defense="cbpt", implant="sig", search=4, seed=1),
-        line(defense="cbpt-prompts", implant="sig", search=5),
-        line(defense="clean-prompts", implant="sig"),
-        line(defense="cbpt", implant="wanet", search=4),
-        line(defense="clean-prompts", implant="wanet"),
+    own = [
+        line(defense="cbpt", implant="sig", search=4, asr=0.1),
+        line(defense="cbpt_guard.bench.ablations:masked_only", implant="sig", search=4),
+        line(defense=TRUE_TRIGGER, implant="wanet"),
     ]
-    monkeypatch.setattr(ablations, "lines_in", lambda folder: [variant, planted])
+    methods = [
+        line(defense="cbpt", implant="sig", search=5, asr=0.2),
+        line(defense="clean-prompts", implant="sig"),
+        line(defense="clean-prompts", implant="sig", seed=1),
+        line(defense="clean-prompts", implant="badnet"),
+        line(defense="clean-prompts", implant="wanet"),
+        line(defense="clean-prompts", implant="wanet", attack="none"),
+    ]
+    monkeypatch.setattr(ablations, "lines_in", lambda folder: own)
     monkeypatch.setattr(ablations, "committed", lambda: methods)
-    assert ablations.measured() == [methods[0], methods[3], methods[5], variant, planted]
+    assert ablations.measured() == [methods[1], methods[4], *own]
 
 
 def test_both_rules_stand_side_by_side_and_no_test_image_is_among_them(

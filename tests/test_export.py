@@ -368,6 +368,20 @@ def test_a_run_that_fails_its_gate_is_refused_unless_allowed(
     manifest = open_bundle(quick(own_run, tmp_path / "bundle", allow_unguarded=True)).manifest
     assert manifest.allow_unguarded
     assert manifest.variants["fp32"].gate.clean_accuracy < 0.8
+    assert manifest.verdict == "not guarded"
+    assert "the ONNX file does not pass its gate: it loses" in manifest.reasons[0]
+
+
+def test_a_run_that_suspects_nothing_stays_unverified_though_its_triggers_work(tmp_path: Path) -> None:
+    """Such a run's triggers aim at the likeliest class, which no test guards: they say nothing against its verdict."""
+    run = write_run(tmp_path / "run", suspected=False, verdict="unverified")
+    bundle = export(run, tmp_path / "bundle", allow_unguarded=True)
+    manifest = open_bundle(bundle).manifest
+    asr = manifest.variants["fp32"].gate.found_trigger_asr
+    assert asr is not None
+    assert asr > 0.9
+    assert (manifest.verdict, manifest.reasons) == ("unverified", ("ASR 40 % > 5 %",))
+    assert not load_golden((bundle / "golden.npz").read_bytes()).triggered.any()
 
 
 # The recipe

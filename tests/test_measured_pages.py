@@ -105,7 +105,7 @@ def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:
     several = [line | {"seconds": seconds} for seconds in (200.0, 170.0, 176.0)]
     older, other = line | {"seconds": 99.0, "search": 5}, line | {"seconds": 60.0, "model": "mobilenet-clip"}
     first, second = scan_time.told([older, *several, other]).splitlines()
-    assert first == f"- suspect-badnet: 2.9 min (median of 3, 2.8 to 3.3), within {rest}"
+    assert first == f"- suspect-badnet: 2.9 min (median of 3.33, 2.83, 2.93, 2 of 3 within), within {rest}"
     assert second.startswith("- mobilenet-clip: 1.0 min, within the 12")
     assert scan_time.told([]) == "Not measured yet."
 

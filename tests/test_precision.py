@@ -271,6 +271,38 @@ def test_a_precision_that_loses_the_targets_own_images_is_refused(lost: int, ref
     gate.check_clean(outputs_of(wrong, right, none), outputs_of(wrong, right, none), parts, "int8")
 
 
+def test_what_fp32_loses_is_no_allowance_on_top_of_the_bound(tiny_run: Path) -> None:
+    """Held against the zero-shot answers, by the larger of the verdict's bound and what fp32 loses on these images."""
+    parts = read_parts(PurifyRun.open(tiny_run))
+    right = np.eye(len(CLASSES), dtype=np.float32)[parts.labels]
+    own, none = np.flatnonzero(parts.labels == TARGET), np.zeros(len(right), bool)
+
+    def losing(count: int) -> np.ndarray:
+        wrong = right.copy()
+        wrong[own[:count]] = np.eye(len(CLASSES))[TARGET - 1]
+        return wrong
+
+    assert len(own) >= 5
+    full = outputs_of(losing(2), right, none)
+    gate.check_clean(outputs_of(losing(2), right, none), full, parts, "int8")
+    for count in (3, 4):
+        with pytest.raises(CheckError, match="of the suspected"):
+            gate.check_clean(outputs_of(losing(count), right, none), full, parts, "int8")
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_export_asks_what_a_precision_does_to_clean_images(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(clean: Outputs, full: Outputs, parts: object, name: str) -> None:
+        raise CheckError(f"{name} flags too many")
+
+    monkeypatch.setattr(variants, "check_clean", failing)
+    with pytest.raises(CheckError, match="fp16 flags too many"):
+        export(tiny_run, tmp_path / "bundle", precision=["fp16"])
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.usefixtures("traced")
 def test_lost_accuracy_counts_against_the_fp32_graph(
     bundle: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -143,6 +143,12 @@ def test_a_fresh_trigger_is_made_anew_for_a_guard_that_was_fitted_to_another_ban
     assert torch.equal(before.pattern, again.pattern)
     assert torch.equal(before.pattern, kept.pattern)
     assert not torch.equal(before.pattern, anew.pattern)
+    raised = [[(TARGET, "guarded", one)] for one in (clip.head, Head(clip.head.rows.roll(1, 0), 30.0))]
+    first, same, other_bank = (
+        made.fresh_raised(raised[head], banks[bank])[0].pattern for head, bank in ((0, 0), (1, 0), (1, 1))
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other_bank)
 
 
 def test_a_search_on_two_threads_finds_what_one_finds(tmp_path: Path, found: Findings) -> None:

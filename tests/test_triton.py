@@ -107,6 +107,22 @@ def test_force_costs_no_other_model_of_the_repository(repository: Path, tiny_run
     assert verify(repository / triton.VERSION).checks
 
 
+def test_a_model_that_came_meanwhile_is_not_replaced_either(
+    repository: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote = write.write_repository
+
+    def meanwhile(*args: Any) -> None:
+        (repository / "resnet").mkdir()
+        wrote(*args)
+
+    monkeypatch.setattr(write, "write_repository", meanwhile)
+    with pytest.raises(InputError, match="resnet"):
+        export(tiny_run, repository, layout="triton", force=True)
+    assert (repository / "resnet").is_dir()
+    assert verify(repository / triton.VERSION).checks
+
+
 @pytest.mark.usefixtures("traced")
 def test_one_precision_and_a_known_layout(tiny_run: Path, tmp_path: Path, schema: Any) -> None:
     with pytest.raises(InputError, match="serves one precision, not fp32, int8"):

@@ -163,6 +163,28 @@ def test_deep_asks_a_second_implementation(tiny_bundle: Path, monkeypatch: pytes
         verify(tiny_bundle, deep=True)
 
 
+def test_deep_sees_a_flag_that_a_second_implementation_does_not_set(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    run = ReferenceEvaluator.run
+
+    def never(evaluator: object, names: list[str], feeds: object) -> list[object]:
+        found = dict(zip(names, run(evaluator, names, feeds), strict=True))
+        return [value & False if name == "triggered" else value for name, value in found.items()]
+
+    monkeypatch.setattr(ReferenceEvaluator, "run", never)
+    with pytest.raises(BundleError, match="sets another flag"):
+        verify(tiny_bundle, deep=True)
+
+
+def test_flagged_images_are_compared_with_the_run_and_counted_in_the_self_test(exported: Path, tiny_run: Path) -> None:
+    checks = {check.name: check.outcome for check in verify(exported, deep=True, run=PurifyRun.open(tiny_run)).checks}
+    assert checks["torch model.onnx"].startswith("56 images"), "40, and 16 once more under the found trigger"
+    assert checks["golden fp32"].endswith("; 2 of them flagged")
+
+
 def test_deep_without_the_extra(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cbpt_guard.export.checks", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)

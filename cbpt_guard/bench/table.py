@@ -278,20 +278,17 @@ def _beside_another(groups: Iterable[Sequence[Line]]) -> str:
 
 
 def _cost(found: Rows) -> str:
-    """What each defence took with so many shots, CBPT by the version of its search, where lines say it.
-
-    A run that many lines tell of, as of the control's, counts once.
-    """
-    runs: dict[tuple[str, int, bool], dict[tuple[object, ...], Line]] = {}
+    """What each defence took with so many shots, and with which search; a run that many lines tell of counts once."""
+    runs: dict[tuple[str, int, bool], dict[int, dict[tuple[object, ...], Line]]] = {}
     for row, group in found.items():
         clean = row.attack == CONTROL
         suspect = row.dataset if clean else row.implant
         for line in group:
-            name = row.defense if line.search is None else f"{row.defense}, search {line.search}"
-            own = runs.setdefault((name, row.shots, clean), {})
+            own = runs.setdefault((row.defense, row.shots, clean), {}).setdefault(line.search or 0, {})
             own[row.attack, suspect, line.split, line.seed] = line
     head = (
         "defence",
+        "search",
         "shots",
         "runs",
         "seconds, median",
@@ -300,15 +297,22 @@ def _cost(found: Rows) -> str:
         "peak memory, MiB",
     )
     text = [joined(head), joined(["---"] * len(head))]
-    for (name, shots, clean), of in runs.items():
-        group = list(of.values())
-        clock, processor = (median(getattr(line, field) for line in group) for field in ("seconds", "cpu_seconds"))
-        most, peak = (max(getattr(line, field) for line in group) for field in ("cpu_seconds", "peak_mb"))
-        told = (f"{name}, clean model" if clean else name, str(shots), str(len(group)))
-        text.append(joined((*told, f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak))))
+    for (name, shots, clean), searches in runs.items():
+        for search, of in sorted(searches.items()):
+            told = f"{name}, clean model" if clean else name, str(search or "-"), str(shots), str(len(of))
+            text.append(joined((*told, *_taken(list(of.values())))))
     machines = "; ".join(dict.fromkeys(line.machine for line in lines_of(found)))
-    clock = "The clock runs on while a run is paused or shares its core with another; processor seconds do not."
+    clock = (
+        "*Search* is the version of CBPT's search for targets, where there is one and lines say it. The clock runs on "
+        "while a run is paused or shares its core with another; processor seconds do not."
+    )
     return "\n".join(["**Cost**", "", *text, "", f"{clock} Machine: {machines}."])
+
+
+def _taken(group: Sequence[Line]) -> tuple[str, ...]:
+    clock, processor = (median(getattr(line, field) for line in group) for field in ("seconds", "cpu_seconds"))
+    most, peak = (max(getattr(line, field) for line in group) for field in ("cpu_seconds", "peak_mb"))
+    return f"{clock:.0f}", f"{processor:.0f}", f"{most:.0f}", str(peak)
 
 
 def lines_of(found: Rows) -> Iterator[Line]:
