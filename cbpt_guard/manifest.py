@@ -56,7 +56,10 @@ class RuleEntry(_Frozen):
 
 
 class Parity(_Frozen):
-    """Worst logit difference of the graph against torch over `images` images, and the bound it kept."""
+    """Worst logit difference of the graph against torch, and the bound it kept.
+
+    `images` counts the run's held-out ones, and some of them again under each found trigger.
+    """
 
     images: int
     max_logit_difference: float
