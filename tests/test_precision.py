@@ -283,7 +283,8 @@ def test_what_fp32_loses_is_no_allowance_on_top_of_the_bound(tiny_run: Path) -> 
         return wrong
 
     assert len(own) >= 5
-    full = outputs_of(losing(2), right, none)
+    bounds = parts.bounds.model_copy(update={"recall_loss": 1.5 / len(own)})  # one image, and two with what fp32 loses
+    parts, full = replace(parts, bounds=bounds), outputs_of(losing(2), right, none)
     gate.check_clean(outputs_of(losing(2), right, none), full, parts, "int8")
     for count in (3, 4):
         with pytest.raises(CheckError, match="of the suspected"):
