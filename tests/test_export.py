@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from cbpt_guard.defense.head import LEFT_OUT, GuardedHead, Head, TriggerTest
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.settings import VerdictSettings
 from cbpt_guard.errors import CheckError, InputError
-from cbpt_guard.export import export, gate, graph, parity, write
+from cbpt_guard.export import export, gate, golden, graph, parity, write
 from cbpt_guard.export import sbom as sbom_module
 from cbpt_guard.export.card import escaped
 from cbpt_guard.export.parts import Parts, read_parts
@@ -420,6 +421,17 @@ def test_golden_inputs_are_drawn_not_taken_and_keep_their_distance(exported: Pat
     slack = parity.decision_slack(parts.graph.head, parity.torch_outputs(parts.graph, golden.images).embedding)
     assert len(golden.images) == 4
     assert (slack > open_bundle(exported).manifest.golden_tolerance).all()
+
+
+def test_of_flagged_pictures_each_suspected_class_comes_before_a_second_of_one(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.eye(5, dtype=np.float32)[[1, 1, 2, 1, 3]]
+    answers = Outputs(logits, np.array([True, True, True, True, False]), logits, np.zeros((5, 4), np.float32))
+    monkeypatch.setattr(golden, "decision_slack", lambda *_: np.array([9, 8, 7, 0.0, 9], np.float32))
+    session, pictures = SimpleNamespace(run=lambda _: answers), np.arange(5, dtype=np.uint8)
+    ordered = golden._clearest(session, parts.graph.head, pictures, 0.1, flagged=True)  # type: ignore[arg-type]
+    assert ordered.tolist() == [0, 2, 1]
 
 
 def test_the_self_test_sees_a_runtime_on_which_the_test_never_fires(exported: Path, parts: Parts) -> None:
