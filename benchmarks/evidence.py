@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from command import read
 from pages import filled
 
-from cbpt_guard.bench.bars import apart, bars, verdicts
+from cbpt_guard.bench.bars import apart, bars
 from cbpt_guard.bench.limits import limits
 from cbpt_guard.bench.lines import CONTROL, OFF, Key, Line
 from cbpt_guard.bench.plan import Plan
@@ -31,6 +31,7 @@ from cbpt_guard.bench.settings import SETTINGS, settings_of
 from cbpt_guard.bench.suite import PLANTINGS, READS, lines_in, of_this_search
 from cbpt_guard.bench.summary import summary
 from cbpt_guard.bench.table import OURS, UNTOUCHED, joined, table, tame_text
+from cbpt_guard.bench.verdicts import verdicts
 from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent

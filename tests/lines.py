@@ -44,3 +44,9 @@ def line(**given: Any) -> Line:
         "machine": "2 cores",
     }
     return Line(**(shares | rest | given))
+
+
+def cbpt(name: str = "badnet", **given: Any) -> Line:
+    """One of a guard that holds, but for what is given."""
+    shares = {"ca": 0.5, "asr": 0.01, "pa": 0.4, "max_share": 0.03, "target_recall": 0.4} | given
+    return line(implant=name, defense="cbpt", verdict=shares.pop("verdict", "guarded"), **shares)
