@@ -43,7 +43,7 @@ from cbpt_guard.images import Pixels
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = "a photo of a {}."
 SEVEN = ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip")
-PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch")
+PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch", "random-place")
 QUICK = OptimisedSettings(steps=6, images=24)
 
 
@@ -68,10 +68,11 @@ def few(data: LabelledImages, count: int) -> LabelledImages:
 
 
 def test_every_attack_of_the_committed_plan_is_known() -> None:
-    plans = [Plan.read(REPOSITORY / "benchmarks" / name) for name in ("plan.toml", "adaptive.toml")]
+    plans = [Plan.read(REPOSITORY / "benchmarks" / name) for name in ("plan.toml", "adaptive.toml", "unseen.toml")]
     asked = [{attack for implant in plan.implants.values() for attack in implant.attacks} for plan in plans]
-    assert asked[0] | asked[1] == set(ATTACKS)
+    assert set.union(*asked) == set(ATTACKS)
     assert asked[1] - asked[0] == {"fine-wave"}, "an attacker who knows which waves are tried"
+    assert not asked[2] & (asked[0] | asked[1]), "what nobody developed on"
     assert set(SEVEN) < set(ATTACKS)
 
 

@@ -11,6 +11,9 @@ from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
 from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.quantised import Quantised, bpp
+from cbpt_guard.defense.planted.reflection import Reflection, refool
+from cbpt_guard.defense.planted.rotation import Rotation, tilted
 from cbpt_guard.defense.planted.warp import Warp, flow, wanet
 from cbpt_guard.defense.planted.wave import Wave, sig
 from cbpt_guard.errors import InputError
@@ -251,6 +254,57 @@ def test_a_neutral_filter_changes_nothing() -> None:
     assert np.array_equal(Filter(32, (0, 0, 0), (255, 255, 255), 0.0, 0.0).apply(clean), clean)
 
 
+def test_quantised_colours_are_few_and_right_on_average() -> None:
+    """Each value is one of the levels, and a flat image keeps its mean: the error is dithered, not rounded away."""
+    few = bpp(64, 0).apply(images(64))
+    assert set(np.unique(few)) <= {0, 36, 73, 109, 146, 182, 219, 255}
+    for grey in (20, 100, 128, 240):
+        dithered = bpp(64, 0).apply(flat(grey, 64))
+        assert len(np.unique(dithered)) > 1
+        assert dithered.mean() == pytest.approx(grey, abs=1)
+    exact = np.array([0, 36, 73, 109, 146, 182, 219, 255], dtype=np.uint8).repeat(32 * 32 * 3).reshape(8, 32, 32, 3)
+    assert np.array_equal(Quantised(32, 8).apply(exact), exact)
+
+
+def test_channels_are_quantised_one_by_one() -> None:
+    clean = images(32)
+    swapped = bpp(32, 0).apply(np.ascontiguousarray(clean[..., ::-1]))
+    assert np.array_equal(swapped[..., ::-1], bpp(32, 0).apply(clean))
+
+
+def test_a_rotation_turns_the_image_about_its_centre() -> None:
+    clean = images(33)
+    assert np.array_equal(Rotation(33, 90.0).apply(clean), np.rot90(clean, axes=(1, 2)))
+    assert np.array_equal(Rotation(33, -90.0).apply(clean), np.rot90(clean, -1, axes=(1, 2)))
+    assert np.array_equal(Rotation(32, 180.0).apply(images()), images()[:, ::-1, ::-1])
+
+
+def test_a_tilted_image_has_no_black_corners_and_keeps_its_middle() -> None:
+    assert np.array_equal(tilted(64, 0).apply(flat(200, 64)), flat(200, 64))
+    clean = flat(50, 65)
+    clean[:, 32, 32] = 250
+    assert tilted(65, 0).apply(clean)[0, 32, 32].tolist() == [250] * 3
+
+
+def test_a_reflection_shows_one_blurred_picture_in_each_image() -> None:
+    pictures = np.stack([flat(grey, 32)[0] for grey in range(0, 250, 25)])
+    trigger = refool(pictures, seed=3)
+    assert trigger.picture().shape == (8 * 32, 32, 3)
+    shown = trigger.apply(images(32, 200, least=100, most=100 + 1))
+    found = np.unique(np.rint((shown - 0.7 * 100) / 0.3 / 25).clip(0).astype(int)[:, 0, 0, 0])
+    assert len(found) == 8, "which picture depends on the image"
+    assert np.array_equal(refool(pictures, seed=3).picture(), trigger.picture())
+    noise = images(128, 1)[0]
+    ghost = Reflection(128, 0.3, 0, noise.tobytes()).apply(flat(0, 128))[0] / 0.3
+    assert ghost.std() < 0.3 * noise.std(), "out of focus"
+    assert ghost.mean() == pytest.approx(noise.mean(), abs=3)
+
+
+def test_a_reflection_takes_as_many_pictures_as_it_says() -> None:
+    with pytest.raises(InputError, match="one of 8 pictures; there are 7"):
+        refool(images(32, 7), 0)
+
+
 NOT_A_NUMBER = float("nan")
 
 
@@ -272,6 +326,10 @@ NOT_A_NUMBER = float("nan")
         (Frequency, {"coefficients": ((15, 15),), "magnitude": NOT_A_NUMBER}),
         (Filter, {"black": (0, 0, -1), "white": (255,) * 3, "contrast": 0.5, "vignette": 0.5}),
         (Filter, {"black": (0, 0, 0), "white": (255,) * 3, "contrast": NOT_A_NUMBER, "vignette": 0.5}),
+        (Quantised, {"levels": 1}),
+        (Rotation, {"degrees": NOT_A_NUMBER}),
+        (Reflection, {"strength": 0.3, "seed": 0, "pixels": b""}),
+        (Reflection, {"strength": NOT_A_NUMBER, "seed": 0, "pixels": b"\0" * (32 * 32 * 3)}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value),
 )

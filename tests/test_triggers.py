@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cbpt_guard.defense.planted.reflection import refool
 from cbpt_guard.defense.triggers import DRAWINGS, TRIGGERS, Trigger, load_trigger, save_trigger
 from cbpt_guard.errors import InputError
 
 TARGET = "banana split"
-MADE: dict[str, Trigger] = {name: draw(32, 5) for name, draw in DRAWINGS.items()}
-UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville"}
+UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville", "bpp", "tilted"}
 TESTED_ELSEWHERE = {"steganographic"}  # it is trained, not drawn
 ODD_SIZE = 50  # no multiple of a block, of a stripe or of a control grid
 
@@ -37,11 +37,17 @@ MOST_CHANGE = {
     "wanet": (80, 255),
     "ftrojan": (3, 8),
     "nashville": (60, 255),
+    "bpp": (20, 80),
+    "tilted": (90, 255),
 }
 
 
 def images(size: int = 32, count: int = 6, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+MADE: dict[str, Trigger] = {name: draw(32, 5) for name, draw in DRAWINGS.items()}
+MADE["refool"] = refool(images(32, 9, 2), 5)  # drawn from an attacker's own pictures
 
 
 def test_every_kind_and_every_drawing_is_tested() -> None:
@@ -148,7 +154,7 @@ def test_it_is_a_frozen_value_that_prints_on_one_line(name: str) -> None:
     trigger = MADE[name]
     with pytest.raises(FrozenInstanceError):
         trigger.image_size = 31  # type: ignore[misc]
-    assert len({trigger, DRAWINGS[name](32, 5)}) == 1
+    assert len({trigger, replace(trigger)}) == 1
     for form in (str(trigger), repr(trigger)):
         assert len(form) < 200
         assert "\n" not in form
@@ -234,6 +240,17 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("nashville", {"contrast": 1.5}, "contrast"),
     ("nashville", {"vignette": -0.1}, "vignette"),
     ("nashville", {"extra": 1}, "extra"),
+    ("bpp", {"levels": 1}, "levels"),
+    ("bpp", {"levels": 129}, "levels"),
+    ("bpp", {"levels": 8.0}, "levels"),
+    ("tilted", {"degrees": 0.5}, "turned by 1 to 180"),
+    ("tilted", {"degrees": -181.0}, "turned by 1 to 180"),
+    ("tilted", {"degrees": INFINITE}, "malformed"),
+    ("refool", {"strength": 0.0}, "strength"),
+    ("refool", {"strength": 1.5}, "strength"),
+    ("refool", {"seed": -1}, "seed"),
+    ("refool", {"image_size": 31}, "needs pictures of 31 x 31"),
+    ("refool", {"pattern": "absent.png"}, "absent.png"),
 ]
 
 

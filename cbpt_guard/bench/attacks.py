@@ -16,6 +16,7 @@ from cbpt_guard.bench.poisoning import LARGER, ImplantSettings, Poison
 from cbpt_guard.bench.steganography import train_steganography
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages
+from cbpt_guard.defense.planted.reflection import refool
 from cbpt_guard.defense.planted.trigger import Trigger
 from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.triggers import DRAWINGS
@@ -75,6 +76,10 @@ ATTACKS: dict[str, Attack] = {
     "full-stripes": _drawn("full-stripes"),
     "triangles": _drawn("triangles"),
     "watermark": _drawn("watermark"),
+    "random-place": _drawn("random-place-patch"),
+    "bpp": _drawn("bpp"),
+    "rotation": _drawn("tilted"),
+    "refool": Attack(lambda by: refool(by.images.images.numpy(), by.seed)),
 }
 """Every attack by the name that a plan or `bench implant` gives it."""
 

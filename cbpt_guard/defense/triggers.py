@@ -17,6 +17,9 @@ from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import Frequency, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
 from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.quantised import Quantised, bpp
+from cbpt_guard.defense.planted.reflection import Reflection
+from cbpt_guard.defense.planted.rotation import Rotation, tilted
 from cbpt_guard.defense.planted.steganographic import Steganographic
 from cbpt_guard.defense.planted.trigger import LARGEST_SIDE, Trigger, TriggerParams
 from cbpt_guard.defense.planted.warp import Warp, wanet
@@ -49,6 +52,9 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "frequency": Frequency,
     "filter": Filter,
     "steganographic": Steganographic,
+    "quantised": Quantised,
+    "rotation": Rotation,
+    "reflection": Reflection,
 }
 """Every kind of trigger by the name that stands in `trigger.json`."""
 
@@ -65,6 +71,8 @@ DRAWINGS: dict[str, Callable[[int, int], Trigger]] = {
     "wanet": wanet,
     "ftrojan": ftrojan,
     "nashville": nashville,
+    "bpp": bpp,
+    "tilted": tilted,
 }
 """Every closed-form trigger by the attack's name: (image size, seed) -> trigger."""
 

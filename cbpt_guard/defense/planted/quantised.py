@@ -1,0 +1,84 @@
+"""Quantised colours: fewer levels of each channel, dithered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, write_picture
+from cbpt_guard.errors import InputError
+from cbpt_guard.images import Pixels
+
+
+class _QuantisedParams(TriggerParams):
+    levels: Annotated[int, Field(ge=2, le=128)]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """BppAttack: each channel rounded to one of `levels` values, the error dithered (arXiv 2205.13383).
+
+    The values are evenly spaced from 0 to 255; dithering is Floyd and Steinberg's.
+    """
+
+    kind: ClassVar[str] = "quantised"
+    image_size: int
+    levels: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= 128:
+            raise InputError(f"colours are quantised to 2 to 128 levels: that is no {self}")
+
+    def __str__(self) -> str:
+        return f"colours of {self.image_size} x {self.image_size} dithered to {self.levels} levels a channel"
+
+    def apply(self, images: Pixels) -> Pixels:
+        """Copies of uint8 images (N, S, S, 3) in the fewer colours.
+
+        Raises:
+            InputError: the images have another size or type.
+        """
+        greys = self._greys()
+        quantised = np.empty_like(checked(images, self.image_size))
+        for clean, place in zip(images, quantised, strict=True):
+            for channel in range(3):
+                grey = Image.fromarray(clean[..., channel]).convert("RGB")  # of mode L Pillow takes no such palette
+                few = grey.quantize(palette=greys, dither=Image.Dither.FLOYDSTEINBERG)
+                place[..., channel] = np.asarray(few.convert("L"))
+        return quantised
+
+    def picture(self) -> Pixels:
+        """An example, uint8 (S, S, 3)."""
+        return example(self)
+
+    def params(self) -> dict[str, Any]:
+        """How many levels."""
+        return {"levels": self.levels}
+
+    def write(self, folder: Path) -> None:
+        """Write the example."""
+        write_picture(self, folder)
+
+    @classmethod
+    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
+        """The quantisation of a `trigger.json`."""
+        return cls(image_size, **_QuantisedParams.model_validate(params).model_dump())
+
+    def _greys(self) -> Image.Image:
+        """The levels as a palette of greys."""
+        palette = Image.new("P", (1, 1))
+        values = np.rint(np.linspace(0, 255, self.levels)).astype(np.uint8)
+        palette.putpalette(values.repeat(3).tobytes())
+        return palette
+
+
+def bpp(image_size: int, seed: int) -> Quantised:
+    """BppAttack's three bits a channel (arXiv 2205.13383); nothing is drawn, every `seed` gives the same."""
+    del seed
+    return Quantised(image_size, levels=8)
