@@ -23,7 +23,7 @@ from command import read
 from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars
-from cbpt_guard.bench.limits import limits
+from cbpt_guard.bench.limits import limits, recalls
 from cbpt_guard.bench.lines import CONTROL, OFF, Key, Line
 from cbpt_guard.bench.plan import Plan
 from cbpt_guard.bench.plot import plot
@@ -39,6 +39,8 @@ LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "publishe
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
 RECIPES = HERE / "planting"
+SUPERSEDED = HERE / "superseded.jsonl"
+"""Lines of CBPT that failed, or suspected a natural class, and that a later search's took the place of."""
 ROAD, RECHECKS = HERE / "road.jsonl", HERE / "recheck.jsonl"
 DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
@@ -112,8 +114,10 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "searches": searches([*lines, *adaptive]),
         "bars": bars(lines),
         "limits": limits(own),
+        "recall": recalls(own),
         "apart": apart(own, SEEN),
         "verdicts": verdicts([*lines, *adaptive]),
+        "superseded": "\n".join(superseded([Line(**line) for line in read(SUPERSEDED)])),
         "verdicts by the paper's rule": verdicts([*lines, *adaptive], "cbpt-prompts"),
         "adaptive": table(adaptive),
         "adaptive bars": bars(adaptive),
@@ -126,6 +130,20 @@ def parts(lines: list[Line]) -> dict[str, str]:
         "chosen": "\n".join(chosen([line for line in lines if line.defense in SETTINGS])),
         "settings": "\n\n".join(stated()),
     }
+
+
+def superseded(lines: Sequence[Line]) -> Iterator[str]:
+    """A point for each line that was replaced: what the run said, its ASR, and whom it suspected wrongly."""
+    for line in lines:
+        planted = {pair.target for pair in line.pairs} or {line.target}
+        told = f"- *{line.implant}*, search {line.search}: *{line.verdict}*, ASR of the worst trigger "
+        told += f"{100 * line.asr_worst:.1f} %"
+        for one in line.suspects or ():
+            if one.name not in planted:
+                told += (
+                    f"; {one.name!r} suspected wrongly, its recall {100 * (one.recall - one.undefended):+.1f} points"
+                )
+        yield told
 
 
 def reads() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from command import append, parsers, read, stamp, timed
 from pages import rewrite
+from road import LINES as ROAD
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
 
@@ -26,6 +27,7 @@ from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "ft_time.jsonl", HERE.parent / "docs" / "method.md"
+STAGE1 = "stage 1: inversion"
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
         append(LINES, line)
         print(json.dumps(line))
     else:
-        rewrite(METHOD, {"ft": told(lines())})
+        rewrite(METHOD, {"ft": told(lines(), read(ROAD))})
 
 
 def measure(model: str, shared: Path, work: Path) -> dict[str, Any]:
@@ -107,16 +109,26 @@ def lines() -> list[dict[str, Any]]:
     return read(LINES)
 
 
-def told(measured: list[dict[str, Any]]) -> str:
-    """Markdown: what the last line of each model says."""
+def told(measured: list[dict[str, Any]], road: list[dict[str, Any]]) -> str:
+    """Markdown: what the last line of each model says, and what the stages of its last run on the `road` leave."""
     last = {line["model"]: line for line in measured}
+    staged = {line["model"]: line["stages"] for line in road if line["split"] == "test"}
     rows = [
         f"{name}: {line['purify_seconds']:.0f} s of purify, {line['ft_seconds']:.0f} s for {line['epochs']} epochs of "
         f"FT, {line['ratio']:.2f} times (search {line.get('search', 'not said')}; {line['machine']}; other processes "
-        f"took {line['others_cores']:.1f} cores)"
+        f"took {line['others_cores']:.1f} cores){_against_half(line['ft_seconds'] / 2, staged.get(name, {}))}"
         for name, line in last.items()
     ]
     return "\n".join(f"- {row}" for row in rows) or "Not measured yet."
+
+
+def _against_half(half: float, stages: dict[str, float]) -> str:
+    """Where half of fine-tuning's seconds would have to come from; empty where no stages were measured."""
+    first = stages.get(STAGE1)
+    if first is None:
+        return ""
+    rest = sum(stages.values()) - first
+    return f". Half would be {half:.0f} s; by the stages above stage 1 takes {first:.0f} s, all the rest {rest:.0f} s"
 
 
 if __name__ == "__main__":

@@ -151,6 +151,11 @@ def test_the_largest_share_and_the_clean_model_and_few_shots() -> None:
     assert row(bars(wider), over) == ("sig, wanet", "**no**")
     off = line(implant="sig", attack="off", max_share=0.02)
     assert row(bars([*lines, off]), share) == ("3.0, 1.0 times what it may be (badnet)", "yes")
+    alone = [cbpt(max_share=0.031), line(attack="off", max_share=0.01)]
+    told = ("3.1, 1.0 times what it may be (badnet)", "**no**")
+    assert row(bars(alone), share) == told, "without an oracle the clean images' share is what counts"
+    assert row(bars([*alone, cbpt("sig", max_share=0.9)]), f"{share}, 1 of 2 known") == told
+    assert "largest share" not in bars([cbpt(), oracle(seed=1)])
     clean = cbpt(attack="none", took=None, ca=0.494)
     assert row(bars([*lines, clean]), "CA less the undefended one, clean model (1 run)") == ("-0.6", "**no**")
     few = [cbpt(shots=4, asr=0.02), cbpt("sig", shots=4, asr=0.07)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lines import line
 
-from cbpt_guard.bench.limits import limits
+from cbpt_guard.bench.limits import limits, recalls
 from cbpt_guard.bench.lines import Line
 
 
@@ -25,9 +25,9 @@ def measured(pa: float, share: float, clean_share: float = 0.03) -> list[Line]:
 @pytest.mark.parametrize(
     ("lines", "row"),
     [
-        (measured(0.27, 0.03), "| badnet | 27.0 | 40.0 | 30.0 | 3.0 | 3.0 | 3.0 |"),
-        (measured(0.26, 0.031), "| badnet | **26.0** | 40.0 | 30.0 | **3.1** | 3.0 | 3.0 |"),
-        (measured(0.28, 0.05, 0.06), "| badnet | 28.0 | 40.0 | 30.0 | 5.0 | 3.0 | 6.0 |"),
+        (measured(0.27, 0.03), "| badnet | 27.0 | 40.0 | 30.0 | 3.0 | 3.0 | 2.0 | 3.0 |"),
+        (measured(0.26, 0.031), "| badnet | **26.0** | 40.0 | 30.0 | **3.1** | 3.0 | 2.0 | 3.0 |"),
+        (measured(0.28, 0.05, 0.06), "| badnet | 28.0 | 40.0 | 30.0 | 5.0 | 3.0 | 2.0 | 6.0 |"),
     ],
     ids=["at both limits", "beyond them", "the clean model lumps more"],
 )
@@ -39,3 +39,16 @@ def test_what_lies_beyond_both_limits_is_marked(lines: list[Line], row: str) -> 
 def test_an_attack_without_one_of_its_limits_is_left_out(lacking: str) -> None:
     lines = [found for found in measured(0.3, 0.03) if found.defense != lacking]
     assert "No attack" in limits(lines)
+
+
+def test_the_targets_recall_beside_the_oracles() -> None:
+    """By the seeds that both have, and the run that loses most beside the mean."""
+    lines = [
+        line(defense="cbpt", target_recall=0.4),
+        line(defense="cbpt", target_recall=0.3, seed=1),
+        line(defense="cbpt", target_recall=0.0, seed=2),
+        line(defense="oracle", target_recall=0.1),
+        line(defense="oracle", target_recall=0.3, seed=1),
+    ]
+    assert recalls(lines).splitlines()[2:] == ["| badnet | 40.0 | 35.0 | -10.0 | 20.0 |"]
+    assert recalls(lines[:3]) == "Not measured yet."

@@ -78,13 +78,18 @@ def test_the_roads_tables(commands: tuple[ModuleType, ModuleType]) -> None:
 def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -> None:
     import ft_time  # beside `commands`
 
-    assert between(ft_time.METHOD, "ft") == ft_time.told(ft_time.lines())
+    assert between(ft_time.METHOD, "ft") == ft_time.told(ft_time.lines(), lines(ft_time.ROAD))
     line: dict[str, Any] = {"model": "a", "purify_seconds": 60.4, "ft_seconds": 100.0, "ratio": 0.604, "epochs": 10}
     line |= {"search": 6}
     line |= {"machine": "2 cores", "others_cores": 0.04}
-    text = ft_time.told([line | {"ratio": 0.9}, line])
+    stages = {"features": 10.0, ft_time.STAGE1: 40.0, "verdict": 5.0}
+    road = [{"model": "a", "split": split, "stages": stages} for split in ("test", "clean")]
+    road[1] = road[1] | {"stages": {ft_time.STAGE1: 1.0}}
+    text = ft_time.told([line | {"ratio": 0.9}, line], [])
     told = "60 s of purify, 100 s for 10 epochs of FT, 0.60 times (search 6; 2 cores; other processes took 0.0 cores)"
     assert text == f"- a: {told}"
+    half = "Half would be 50 s; by the stages above stage 1 takes 40 s, all the rest 15 s"
+    assert ft_time.told([line], road) == f"- a: {told}. {half}"
 
 
 def test_the_time_of_a_scan(commands: tuple[ModuleType, ModuleType]) -> None:

@@ -61,6 +61,10 @@ class Attack(NamedTuple):
         ours, oracle = ([line for line in part if line.seed in seeds] for part in (self.ours, self.oracle))
         return self._replace(ours=ours, oracle=oracle) if seeds else None
 
+    def without_oracle(self) -> Attack | None:
+        """For where none shares a seed; None where the suspect was not counted with its triggers off either."""
+        return self._replace(oracle=[]) if self.off else None
+
     def pairs(self) -> list[Attack]:
         """One for each of several (trigger, target) pairs, with the pair's own shares: a mean would hide the worst."""
         targets = [pair.target for pair in self.ours[0].pairs]
@@ -134,7 +138,9 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     must = f"-5 and -{_MOST_LOST} (3 images where a class has 25)"
     yield _bar(what, must, (mean(recall), worst), kept, "0 in the mean", mean(recall) >= 0)
     yield from _wrongly_suspected([line for attack in found for line in attack.ours])
-    yield from _against_the_oracle([paired for attack in found if (paired := attack.paired())])
+    yield from _poisoned_accuracy([paired for attack in found if (paired := attack.paired())])
+    limited = [one for attack in found if (one := attack.paired() or attack.without_oracle())]
+    yield from _largest_share(limited, len(found))
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
         cost = _points(mean(line.ca - line.undefended.ca for line in control))
@@ -203,8 +209,8 @@ def _part(part: Sequence[Attack]) -> Iterator[str]:
     yield "-" if reached is None else f"{reached:.0f}"
 
 
-def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
-    """PA of 90 % of the oracle's or within a point of it, and the largest share."""
+def _poisoned_accuracy(found: Sequence[Attack]) -> Iterator[Bar]:
+    """PA of 90 % of the oracle's or within a point of it, by attacks that it was trained against, too."""
     if not found:
         return
     pa, most = mean(a.mean(lambda line: line.pa) for a in found), mean(a.ceiling(lambda line: line.pa) for a in found)
@@ -215,12 +221,20 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
     short = [pair.name for pair in pairs if not _near(pair)]
     text = ", ".join(short) or "none"
     yield Bar("attacks whose PA is short of that", "none", text, not short)
+
+
+def _largest_share(found: Sequence[Attack], of: int) -> Iterator[Bar]:
+    """The largest share, by those of so many attacks of which it is known what it may be."""
+    if not found:
+        return
+    pairs = [pair for attack in found for pair in attack.pairs()]
     worst = max(pairs, key=_excess)
     must = "3 times the suspect's on clean images or 1.5 times the oracle's"
     share, excess = worst.mean(lambda line: line.max_share), _excess(worst)
     text = f"{share:.1f}, {excess:.1f} times what it may be ({worst.name})"
     aim = all(_times_the_clean(pair) <= 2 for pair in pairs)
-    yield Bar("largest share on triggered images, worst", must, text, excess <= 1, "2 times for all", aim)
+    what = "largest share on triggered images, worst" + (f", {len(found)} of {of} known" if len(found) < of else "")
+    yield Bar(what, must, text, excess <= 1, "2 times for all", aim)
     over = ", ".join(pair.name for pair in pairs if _excess(pair) > 1)
     yield Bar("attacks whose largest share is above that", "none", over or "none", not over)
 
@@ -228,7 +242,8 @@ def _against_the_oracle(found: Sequence[Attack]) -> Iterator[Bar]:
 def allowed_share(attack: Attack) -> float:
     """What the largest share may be, in points: 3 times the suspect's on clean images or 1.5 times the oracle's."""
     clean = [3 * 100 * mean(line.max_share for line in attack.off)] if attack.off else []
-    return max([1.5 * attack.ceiling(lambda line: line.max_share), *clean])
+    oracle = [1.5 * attack.ceiling(lambda line: line.max_share)] if attack.oracle else []
+    return max(clean + oracle)
 
 
 def _times_the_clean(attack: Attack) -> float:

@@ -16,8 +16,10 @@ _HEAD = (
     "PA, clean model",
     "largest share, CBPT",
     "it may be",
+    "largest share, oracle",
     "largest share, clean model",
 )
+_RECALL = ("attack", "undefended", "CBPT", "the run that loses most", "oracle")
 
 
 def limits(lines: Sequence[Line]) -> str:
@@ -45,16 +47,36 @@ def _cells(attack: Attack, clean: Sequence[Line]) -> Iterator[str]:
         attack.ceiling(lambda line: line.pa),
         100 * mean(line.pa for line in clean),
     )
-    share, allowed, lumped = (
+    share, allowed, known, lumped = (
         attack.mean(lambda line: line.max_share),
         allowed_share(attack),
+        attack.ceiling(lambda line: line.max_share),
         100 * mean(line.max_share for line in clean),
     )
     yield attack.name
     yield _marked(pa, pa < 0.9 * min(most, natural))
     yield from (f"{number:.1f}" for number in (most, natural))
     yield _marked(share, share > max(allowed, lumped))
-    yield from (f"{number:.1f}" for number in (allowed, lumped))
+    yield from (f"{number:.1f}" for number in (allowed, known, lumped))
+
+
+def recalls(lines: Sequence[Line]) -> str:
+    """Markdown, a row for each attack of one data set: the target's recall on clean images, the mean over seeds, in %.
+
+    What the oracle loses says what one head for all images must; the switch answers clean ones by another head. Of
+    several targets the mean counts.
+    """
+    rows = []
+    for attack in filter(None, (attack.paired() for attack in attacks(lines, SHOTS))):
+        before = attack.mean(lambda line: line.undefended.target_recall)
+        most = max(line.undefended.target_recall - line.target_recall for line in attack.ours)
+        shares = (before, attack.mean(_recall), -100 * most, attack.ceiling(_recall))
+        rows.append(joined((attack.name, *(f"{share + 0.0:.1f}" for share in shares))))
+    return "\n".join([joined(_RECALL), joined(["---"] * len(_RECALL)), *rows]) if rows else "Not measured yet."
+
+
+def _recall(line: Line) -> float:
+    return line.target_recall
 
 
 def _marked(number: float, beyond: bool) -> str:
