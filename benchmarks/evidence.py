@@ -37,6 +37,7 @@ from cbpt_guard.defense.calibration import SEARCH
 HERE = Path(__file__).parent
 LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
+UNSEEN, UNSEEN_PLAN = HERE / "unseen", HERE / "unseen.toml"
 ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
 RECIPES = HERE / "planting"
 SUPERSEDED = HERE / "superseded.jsonl"
@@ -46,8 +47,19 @@ DOCUMENT = HERE.parent / "docs" / "evidence.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
 DEVELOPED_WITH = "tiny-imagenet"
 SEEN = {
-    "developed on": ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip", "filter", "two"),
-    "looked at": ("stripe-patch", "full-stripes", "watermark"),
+    "developed on": (
+        "badnet",
+        "blended",
+        "sig",
+        "wanet",
+        "issba",
+        "trojvqa",
+        "badclip",
+        "filter",
+        "two",
+        "full-stripes",
+    ),
+    "looked at": ("stripe-patch", "watermark"),
 }
 """What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold,
 its rule for few images or what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh
@@ -98,33 +110,40 @@ def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
 
 def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
-    adaptive = committed(ADAPTIVE, ADAPTIVE_PLAN)
-    named = {line.suspect_sha256 for line in [*lines, *adaptive]}
-    own = [line for line in lines if line.dataset == DEVELOPED_WITH]
+    adaptive, unseen = committed(ADAPTIVE, ADAPTIVE_PLAN), committed(UNSEEN, UNSEEN_PLAN)
+    counted = [*lines, *unseen]
+    every = [*counted, *adaptive]
+    own = [line for line in counted if line.dataset == DEVELOPED_WITH]
     return {
         "summary": summary(lines),
         "progress": "\n\n".join(
             progress(found, asked)
             for found, asked in (
                 (lines, PLAN),
+                (unseen, UNSEEN_PLAN),
                 (adaptive, ADAPTIVE_PLAN),
                 (committed(ABLATIONS, ABLATIONS_PLAN), ABLATIONS_PLAN),
             )
         ),
-        "searches": searches([*lines, *adaptive]),
-        "bars": bars(lines),
+        "searches": searches(every),
+        "bars": bars(counted),
         "limits": limits(own),
         "recall": recalls(own),
         "apart": apart(own, SEEN),
-        "verdicts": verdicts([*lines, *adaptive]),
+        "verdicts": verdicts(every),
         "superseded": "\n".join(superseded([Line(**line) for line in read(SUPERSEDED)])),
-        "verdicts by the paper's rule": verdicts([*lines, *adaptive], "cbpt-prompts"),
+        "verdicts by the paper's rule": verdicts(every, "cbpt-prompts"),
+        "unseen": table(unseen),
         "adaptive": table(adaptive),
         "adaptive bars": bars(adaptive),
         "table": table(lines),
         "reads": reads(),
         "rechecks": rechecks(read(RECHECKS)),
-        "plantings": "\n".join(plantings([folder / PLANTINGS for folder in (LINES, ADAPTIVE)], named)),
+        "plantings": "\n".join(
+            plantings(
+                [folder / PLANTINGS for folder in (LINES, UNSEEN, ADAPTIVE)], {line.suspect_sha256 for line in every}
+            )
+        ),
         "recipes": "\n".join(recipes(read(RECIPES / PLANTINGS), lines_in(RECIPES))),
         "published": "\n\n".join(published(tomllib.loads(PUBLISHED.read_text(encoding="utf-8")))),
         "chosen": "\n".join(chosen([line for line in lines if line.defense in SETTINGS])),
@@ -148,7 +167,7 @@ def superseded(lines: Sequence[Line]) -> Iterator[str]:
 
 def reads() -> str:
     """How often the test images were read, by what the suite logs and by the road's lines."""
-    suite = sum(len(read(folder / READS)) for folder in (LINES, ADAPTIVE, ABLATIONS))
+    suite = sum(len(read(folder / READS)) for folder in (LINES, UNSEEN, ADAPTIVE, ABLATIONS))
     road = sum(line["split"] == "test" for line in read(ROAD))
     return (
         f"The test images were read by {suite} runs of the suite (`{READS}` beside the lines), {road} times by "
