@@ -54,7 +54,7 @@ SHOTS, RESAMPLES = 16, 2000
 _LEFT_OUT = ("label-consistent", "fine-wave", "random-place", "bpp", "rotation", "refool")
 PLANTED = [name for name in ATTACKS if name not in _LEFT_OUT]
 """The first left out did not take on any model so far; the second is sig's, made finer by an attacker who knows the
-guard; the rest came when the models were made."""
+guard; the rest came after the models had been made."""
 Line = dict[str, Any]
 
 

@@ -128,7 +128,9 @@ def _against_half(half: float, stages: dict[str, float]) -> str:
     if first is None:
         return ""
     rest = sum(stages.values()) - first
-    return f". Half would be {half:.0f} s; by the stages above stage 1 takes {first:.0f} s, all the rest {rest:.0f} s"
+    return (
+        f". Half would be {half:.0f} s; by the stages above stage 1 takes {first:.0f} s, the other stages {rest:.0f} s"
+    )
 
 
 if __name__ == "__main__":

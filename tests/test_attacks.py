@@ -43,6 +43,7 @@ from cbpt_guard.images import Pixels
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = "a photo of a {}."
 SEVEN = ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip")
+UNSEEN = {"random-place": "random-place-patch", "bpp": "quantised", "rotation": "rotation", "refool": "reflection"}
 PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch", "random-place")
 QUICK = OptimisedSettings(steps=6, images=24)
 
@@ -93,6 +94,11 @@ def test_an_attack_makes_a_trigger_from_its_seed_that_can_be_saved(
     assert (made.carriers == "target") is (name == "label-consistent")
     save_trigger(made.trigger, "nine", tmp_path)
     assert np.array_equal(load_trigger(tmp_path).trigger.apply(images), shown)
+
+
+def test_the_unseen_do_what_they_are_called(digits_clean: DigitsModel) -> None:
+    kinds = {name: poison(name, attacker(digits_clean)).trigger.kind for name in UNSEEN}
+    assert kinds == UNSEEN
 
 
 @pytest.mark.usefixtures("quick")

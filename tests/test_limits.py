@@ -39,6 +39,8 @@ def test_what_lies_beyond_both_limits_is_marked(lines: list[Line], row: str) -> 
 def test_an_attack_without_one_of_its_limits_is_left_out(lacking: str) -> None:
     lines = [found for found in measured(0.3, 0.03) if found.defense != lacking]
     assert "No attack" in limits(lines)
+    beside = limits([*measured(0.3, 0.03), *(one.model_copy(update={"implant": "wanet"}) for one in lines)])
+    assert beside.endswith("Not measured beside the clean model yet: wanet.") is (lacking == "none")
 
 
 def test_the_targets_recall_beside_the_oracles() -> None:

@@ -88,7 +88,7 @@ def test_the_time_against_fine_tuning(commands: tuple[ModuleType, ModuleType]) -
     text = ft_time.told([line | {"ratio": 0.9}, line], [])
     told = "60 s of purify, 100 s for 10 epochs of FT, 0.60 times (search 6; 2 cores; other processes took 0.0 cores)"
     assert text == f"- a: {told}"
-    half = "Half would be 50 s; by the stages above stage 1 takes 40 s, all the rest 15 s"
+    half = "Half would be 50 s; by the stages above stage 1 takes 40 s, the other stages 15 s"
     assert ft_time.told([line], road) == f"- a: {told}. {half}"
 
 

@@ -264,6 +264,8 @@ def test_quantised_colours_are_few_and_right_on_average() -> None:
         assert dithered.mean() == pytest.approx(grey, abs=1)
     exact = np.array([0, 36, 73, 109, 146, 182, 219, 255], dtype=np.uint8).repeat(32 * 32 * 3).reshape(8, 32, 32, 3)
     assert np.array_equal(Quantised(32, 8).apply(exact), exact)
+    many = np.rint(np.linspace(0, 255, 32)).astype(np.uint8).repeat(32 * 3).reshape(1, 32, 32, 3)
+    assert np.array_equal(Quantised(32, 32).apply(many), many)
 
 
 def test_channels_are_quantised_one_by_one() -> None:
@@ -284,6 +286,34 @@ def test_a_tilted_image_has_no_black_corners_and_keeps_its_middle() -> None:
     clean = flat(50, 65)
     clean[:, 32, 32] = 250
     assert tilted(65, 0).apply(clean)[0, 32, 32].tolist() == [250] * 3
+
+
+def test_what_turns_into_the_frame_is_the_image_mirrored() -> None:
+    size = 64
+    clean = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None], (1, size, size, 3))
+    turned = tilted(size, 0).apply(clean)[0, ..., 0].astype(float)
+    angle, middle = np.deg2rad(16), (size - 1) / 2
+    rows = np.arange(size) - middle
+    source = middle + np.cos(angle) * rows[:, None] + np.sin(angle) * rows
+    mirrored = np.where(source < 0, -1 - source, np.where(source > size - 1, 2 * size - 1 - source, source))
+    assert np.abs(turned - mirrored).mean() < 0.6
+    assert np.abs(turned - mirrored).max() < 2
+
+
+def test_a_reflections_pictures_and_draws_follow_its_seed() -> None:
+    pictures = images(32, 20)
+    trigger = refool(pictures, seed=1)
+    assert not np.array_equal(trigger.picture(), refool(pictures, seed=2).picture())
+    other = Reflection(32, trigger.strength, 2, trigger.pixels)
+    assert (other.apply(pictures) != trigger.apply(pictures)).any(axis=(1, 2, 3)).mean() > 0.7
+
+
+def test_a_reflections_blur_grows_with_the_image() -> None:
+    def left(size: int) -> float:
+        noise = images(size, 1)[0]
+        return float((Reflection(size, 1.0, 0, noise.tobytes()).apply(flat(0, size))[0]).std() / noise.std())
+
+    assert left(256) < 0.6 * left(64)
 
 
 def test_a_reflection_shows_one_blurred_picture_in_each_image() -> None:

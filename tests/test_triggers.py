@@ -241,7 +241,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("nashville", {"vignette": -0.1}, "vignette"),
     ("nashville", {"extra": 1}, "extra"),
     ("bpp", {"levels": 1}, "levels"),
-    ("bpp", {"levels": 129}, "levels"),
+    ("bpp", {"levels": 33}, "levels"),
     ("bpp", {"levels": 8.0}, "levels"),
     ("tilted", {"degrees": 0.5}, "turned by 1 to 180"),
     ("tilted", {"degrees": -181.0}, "turned by 1 to 180"),
@@ -249,7 +249,8 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("refool", {"strength": 0.0}, "strength"),
     ("refool", {"strength": 1.5}, "strength"),
     ("refool", {"seed": -1}, "seed"),
-    ("refool", {"image_size": 31}, "needs pictures of 31 x 31"),
+    ("refool", {"image_size": 31}, "not pictures of 31 x 31"),
+    ("refool", {"image_size": 16}, "not pictures of 16 x 16"),
     ("refool", {"pattern": "absent.png"}, "absent.png"),
 ]
 

@@ -42,18 +42,18 @@ class Attack(NamedTuple):
 
     def mean(self, value: Callable[[Line], float]) -> float:
         """Over CBPT's seeds, in points."""
-        return _points(mean(map(value, self.ours)))
+        return points(mean(map(value, self.ours)))
 
     def undefended_ca(self) -> float:
         """Of the suspect as it is, in points: by its single template or the ensemble, whichever has more."""
         single = mean(line.undefended.ca for line in self.ours)
         # by what it gains on its own planting: replanted implants differ by more than the bar allows
         gained = mean(line.ca - line.undefended.ca for line in self.ensemble) if self.ensemble else 0.0
-        return _points(single + max(0.0, gained))
+        return points(single + max(0.0, gained))
 
     def ceiling(self, value: Callable[[Line], float]) -> float:
         """Over the oracle's seeds, in points."""
-        return _points(mean(map(value, self.oracle)))
+        return points(mean(map(value, self.oracle)))
 
     def paired(self) -> Attack | None:
         """With those seeds alone that CBPT and the oracle share; None where there are none."""
@@ -132,7 +132,7 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     what = f"CA less the undefended one (the better of two for {known}), mean and worst"
     yield _bar(what, "-0.5 and -1.5", (mean(ca), min(ca)), kept, "0 in the mean", mean(ca) >= 0)
     recall = [attack.mean(lambda line: line.target_recall - line.undefended.target_recall) for attack in found]
-    worst = min(_points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
+    worst = min(points(o.target_recall - o.undefended.target_recall) for attack in found for o in attack.ours)
     kept = mean(recall) >= -5 and worst >= -_MOST_LOST
     what = "planted target's recall less the undefended one, mean and worst run"
     must = f"-5 and -{_MOST_LOST} (3 images where a class has 25)"
@@ -143,15 +143,22 @@ def _bars(lines: Sequence[Line]) -> Iterator[Bar]:
     yield from _largest_share(limited, len(found))
     control = [line for line in lines if line.attack == CONTROL and line.defense == OURS]
     if control:
-        cost = _points(mean(line.ca - line.undefended.ca for line in control))
+        cost = points(mean(line.ca - line.undefended.ca for line in control))
         runs = _times_of(control, "run")
         yield _bar(f"CA less the undefended one, clean model ({runs})", "-0.5", (cost,), cost >= -0.5, "0", cost >= 0)
-    of_few = attacks(lines, _FEW)
-    few = [attack.mean(lambda line: line.asr_worst) for attack in of_few]
-    if few:
-        seeds = _times_of([line for attack in of_few for line in attack.ours], "seed")
-        what = f"ASR with {_FEW} shots, mean of {len(few)} attacks ({seeds})"
-        yield _bar(what, "5", (mean(few),), mean(few) <= 5, "2", mean(few) <= 2)
+    yield from _few_shots(attacks(lines, _FEW))
+
+
+def _few_shots(found: Sequence[Attack]) -> Iterator[Bar]:
+    """The ASR with few shots, which is held in the mean; the worst is told, for the mean hides it."""
+    if not found:
+        return
+    asr = {attack.name: attack.mean(lambda line: line.asr_worst) for attack in found}
+    usual, worst = mean(asr.values()), max(asr, key=lambda name: asr[name])
+    seeds = _times_of([line for attack in found for line in attack.ours], "seed")
+    what = f"ASR with {_FEW} shots, mean and worst of {len(found)} attacks ({seeds})"
+    text = f"{one_digit(usual)}, {one_digit(asr[worst])} ({worst})"
+    yield Bar(what, "5 in the mean", text, usual <= 5, "2 in the mean", usual <= 2)
 
 
 def _times_of(lines: Sequence[Line], what: str) -> str:
@@ -166,7 +173,7 @@ def _wrongly_suspected(runs: Sequence[Line]) -> Iterator[Bar]:
     if not known:
         return
     lost = [
-        _points(one.recall - one.undefended)
+        points(one.recall - one.undefended)
         for line in known
         for one in line.suspects or ()
         if one.name not in ({pair.target for pair in line.pairs} or {line.target})
@@ -205,7 +212,7 @@ def _part(part: Sequence[Attack]) -> Iterator[str]:
     reached = 100 * sum(attack.mean(lambda line: line.pa) for attack in known) / most if most else None
     yield ", ".join(attack.name for attack in part)
     for number in (mean(asr), max(asr), ca, recall):
-        yield _one_digit(number)
+        yield one_digit(number)
     yield "-" if reached is None else f"{reached:.0f}"
 
 
@@ -256,7 +263,7 @@ def _excess(attack: Attack) -> float:
     return round(attack.mean(lambda line: line.max_share) / allowed_share(attack), 9)
 
 
-def _points(share: float) -> float:
+def points(share: float) -> float:
     """In percentage points, without what floating point adds to a difference of decimal fractions."""
     return round(100 * share, 9)
 
@@ -267,8 +274,9 @@ def _near(attack: Attack) -> bool:
 
 
 def _bar(what: str, must: str, numbers: Sequence[float], kept: bool, aim: str, reached: bool) -> Bar:
-    return Bar(what, must, ", ".join(map(_one_digit, numbers)), kept, aim, reached)
+    return Bar(what, must, ", ".join(map(one_digit, numbers)), kept, aim, reached)
 
 
-def _one_digit(number: float) -> str:
+def one_digit(number: float) -> str:
+    """As text with one decimal."""
     return f"{round(number, 1) + 0.0:.1f}"  # -0.04 is shown as 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-from cbpt_guard.bench.bars import SHOTS, Attack, allowed_share, attacks, of_pair
+from cbpt_guard.bench.bars import SHOTS, Attack, allowed_share, attacks, of_pair, one_digit, points
 from cbpt_guard.bench.lines import CONTROL, Line
 from cbpt_guard.bench.table import UNTOUCHED, joined
 
@@ -30,15 +30,17 @@ def limits(lines: Sequence[Line]) -> str:
     smaller, a share above what it may be and above the clean model's.
     """
     undefended = [line for line in lines if line.attack == CONTROL and line.defense == UNTOUCHED]
-    rows = []
+    rows, without = list[str](), list[str]()
     for attack in filter(None, (attack.paired() for attack in attacks(lines, SHOTS))):
         clean = [line for line in undefended if line.implant == attack.name]
         parts = attack.pairs()
         natural = [of_pair(clean, number) for number in range(len(parts))] if len(parts) > 1 else [clean]
         rows += [joined(_cells(*both)) for both in zip(parts, natural, strict=True) if clean]
+        without += [] if clean else [attack.name]
     if not rows:
         return "No attack has been measured beside the clean model yet."
-    return "\n".join([joined(_HEAD), joined(["---"] * len(_HEAD)), *rows])
+    left_out = ["", f"Not measured beside the clean model yet: {', '.join(without)}."] if without else []
+    return "\n".join([joined(_HEAD), joined(["---"] * len(_HEAD)), *rows, *left_out])
 
 
 def _cells(attack: Attack, clean: Sequence[Line]) -> Iterator[str]:
@@ -69,9 +71,9 @@ def recalls(lines: Sequence[Line]) -> str:
     rows = []
     for attack in filter(None, (attack.paired() for attack in attacks(lines, SHOTS))):
         before = attack.mean(lambda line: line.undefended.target_recall)
-        most = max(line.undefended.target_recall - line.target_recall for line in attack.ours)
-        shares = (before, attack.mean(_recall), -100 * most, attack.ceiling(_recall))
-        rows.append(joined((attack.name, *(f"{share + 0.0:.1f}" for share in shares))))
+        most = min(points(line.target_recall - line.undefended.target_recall) for line in attack.ours)
+        shares = (before, attack.mean(_recall), most, attack.ceiling(_recall))
+        rows.append(joined((attack.name, *map(one_digit, shares))))
     return "\n".join([joined(_RECALL), joined(["---"] * len(_RECALL)), *rows]) if rows else "Not measured yet."
 
 

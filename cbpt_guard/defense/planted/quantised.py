@@ -15,9 +15,11 @@ from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, 
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
+_MOST = 32  # levels: finer palettes Pillow looks up in cells that are coarser than they
+
 
 class _QuantisedParams(TriggerParams):
-    levels: Annotated[int, Field(ge=2, le=128)]
+    levels: Annotated[int, Field(ge=2, le=_MOST)]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Quantised:
     levels: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.levels <= 128:
-            raise InputError(f"colours are quantised to 2 to 128 levels: that is no {self}")
+        if not 2 <= self.levels <= _MOST:
+            raise InputError(f"colours are quantised to 2 to {_MOST} levels: that is no {self}")
 
     def __str__(self) -> str:
         return f"colours of {self.image_size} x {self.image_size} dithered to {self.levels} levels a channel"

@@ -90,6 +90,11 @@ class Reflection:
         """The reflection of a `trigger.json`; `InputError` when its pictures are of another size."""
         read = _ReflectionParams.model_validate(params)
         picture = read_picture(folder / read.pattern)
+        if picture.shape[1] != image_size or picture.shape[0] % image_size:
+            found = f"{picture.shape[0]} x {picture.shape[1]}"
+            raise InputError(
+                f"{read.pattern} shows {found} pixels, not pictures of {image_size} x {image_size} in a column"
+            )
         return cls(image_size, read.strength, read.seed, picture.tobytes())
 
     def _blurred(self) -> list[npt.NDArray[np.float64]]:
