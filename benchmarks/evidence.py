@@ -159,9 +159,8 @@ def superseded(lines: Sequence[Line]) -> Iterator[str]:
         told += f"{100 * line.asr_worst:.1f} %"
         for one in line.suspects or ():
             if one.name not in planted:
-                told += (
-                    f"; {one.name!r} suspected wrongly, its recall {100 * (one.recall - one.undefended):+.1f} points"
-                )
+                lost = 100 * (one.recall - one.undefended)
+                told += f"; {one.name!r} suspected wrongly, its recall {lost:+.1f} points"
         yield told
 
 
