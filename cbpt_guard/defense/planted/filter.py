@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, rounded, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked, rounded
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
@@ -28,7 +28,7 @@ class _FilterParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Patternless):
     """A filter as in TrojAI's attacks (arXiv 2003.07233): no pattern that is added or pasted describes it.
 
     `black` and `white` are the RGB colours that take their place; between them `contrast` in [0, 1] bends the
@@ -64,18 +64,10 @@ class Filter:
             place[...] = rounded(light * np.take_along_axis(curves, clean.reshape(-1, 3), 0).reshape(clean.shape))
         return filtered
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """The curve's ends and its bend, and the vignette."""
         bends = {"contrast": self.contrast, "vignette": self.vignette}
         return {"black": self.black, "white": self.white, **bends}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:

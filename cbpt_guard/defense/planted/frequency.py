@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, added, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, added, checked
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
@@ -29,7 +29,7 @@ class _FrequencyParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Frequency:
+class Frequency(Patternless):
     """FTrojan: DCT coefficients of every 32 x 32 block raised by `magnitude` in U and V (arXiv 2109.05456).
 
     The transforms are linear: raising a coefficient adds its cosine wave, the same in every block. Blocks start
@@ -62,17 +62,9 @@ class Frequency:
         waves = np.tile(block, (times, times))[: self.image_size, : self.image_size, None]
         return added(checked(images, self.image_size), waves * UV_TO_RGB.sum(1))
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """Coefficients and magnitude."""
         return {"coefficients": self.coefficients, "magnitude": self.magnitude}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
@@ -23,7 +23,7 @@ class _QuantisedParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantised(Patternless):
     """BppAttack: each channel rounded to one of `levels` values, the error dithered (arXiv 2205.13383).
 
     The values are evenly spaced from 0 to 255; dithering is Floyd and Steinberg's.
@@ -55,17 +55,9 @@ class Quantised:
                 place[..., channel] = np.asarray(few.convert("L"))
         return quantised
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """How many levels."""
         return {"levels": self.levels}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
@@ -21,7 +21,7 @@ class _RotationParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(Patternless):
     """The image turned about its centre by `degrees`, counter-clockwise (arXiv 2207.10825).
 
     What turns into the frame is the image mirrored at its edges: black corners would be a pattern of their own.
@@ -52,17 +52,9 @@ class Rotation:
             place[...] = np.asarray(wide.rotate(self.degrees, Image.Resampling.BILINEAR))[inner, inner]
         return turned
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """The angle."""
         return {"degrees": self.degrees}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:

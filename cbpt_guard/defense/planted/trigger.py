@@ -54,6 +54,18 @@ class Trigger(Protocol):
         """The value that gave `params`; what `write` left lies in `folder`."""
 
 
+class Patternless:
+    """Base of a kind that no picture describes, for it has no pattern: what it does is shown on an example."""
+
+    def picture(self: Trigger) -> Pixels:
+        """An example, uint8 (S, S, 3)."""
+        return example(self)
+
+    def write(self: Trigger, folder: Path) -> None:
+        """Write the example."""
+        write_picture(self, folder)
+
+
 class TriggerParams(BaseModel):
     """Base of a kind's `params` as a strict model: nothing is coerced, nothing unknown is let through."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, checked, example, rounded, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked, rounded
 from cbpt_guard.defense.smooth import smooth
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
@@ -49,7 +49,7 @@ def moved(pixels: Tensor, shifts: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Warp:
+class Warp(Patternless):
     """WaNet: every pixel shows what lies a little beside it (arXiv 2102.10369).
 
     `down` and `right` say how far, in pixels, at k x k control points that span the image, row by row;
@@ -94,17 +94,9 @@ class Warp:
         k = math.isqrt(len(self.down))
         return smooth(torch.tensor([self.right, self.down], dtype=torch.float64).reshape(2, k, k), self.image_size)
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """The control points' displacements."""
         return {"down": self.down, "right": self.right}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:

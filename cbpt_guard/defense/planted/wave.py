@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import TriggerParams, added, checked, example, write_picture
+from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, added, checked
 from cbpt_guard.errors import InputError
 from cbpt_guard.images import Pixels
 
@@ -21,7 +21,7 @@ class _WaveParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Wave:
+class Wave(Patternless):
     """SIG: x' = x + delta sin(2 pi frequency j / S) at column j, saturated (arXiv 1902.11237).
 
     `delta` is in grey levels of 255, `frequency` in periods over the image's width.
@@ -49,17 +49,9 @@ class Wave:
         phase = 2 * np.pi * self.frequency * np.arange(self.image_size) / self.image_size
         return added(checked(images, self.image_size), self.delta * np.sin(phase)[:, None])
 
-    def picture(self) -> Pixels:
-        """An example, uint8 (S, S, 3)."""
-        return example(self)
-
     def params(self) -> dict[str, Any]:
         """Height and frequency."""
         return {"delta": self.delta, "frequency": self.frequency}
-
-    def write(self, folder: Path) -> None:
-        """Write the example."""
-        write_picture(self, folder)
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
