@@ -13,15 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command import append, read, stamp
 from pages import rewrite
 
 from cbpt_guard.bench.table import joined
 from cbpt_guard.metrics import attack_success_rate
+
+if TYPE_CHECKING:  # the table alone needs no torch
+    from torch import Tensor
+
+    from cbpt_guard.defense.data import Listing
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "inversion.jsonl", HERE.parent / "docs" / "method.md"
@@ -70,17 +76,13 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
     """A line for each planted target, with all that was found toward it."""
     import torch
 
-    from cbpt_guard.defense.data import Listing, list_images, load_images
+    from cbpt_guard.defense.data import list_images, load_images
     from cbpt_guard.defense.found import encode
     from cbpt_guard.defense.run import PurifyRun
     from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
     run, everything = PurifyRun.open(run_folder), list_images(clean)
-    # of each class the files that sort last and were not drawn
-    drawn = {path.resolve() for files in everything.drawn(SHOTS, run.record.seed).files for path in files}
-    each = max(1, IMAGES // len(everything.classes))
-    unseen = tuple(tuple([p for p in files if p.resolve() not in drawn][-each:]) for files in everything.files)
-    listing = Listing(everything.classes, unseen)
+    listing = undrawn(everything, everything.drawn(SHOTS, run.record.seed))
     clip = open_suspect(suspect, ModelFlags(), listing, run.record.template, "cpu").clip
     data, head = load_images(listing, clip.preprocess), run.head().original
     untouched = encode(clip, data.images)
@@ -99,12 +101,12 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
                 "search": run.record.search,
                 "rank": ranks.index(pair.target) + 1 if pair.target in ranks else None,
                 "stands_out": any(one.label == pair.target and one.stands_out for one in run.record.candidates),
-                "clean": _cosine(untouched, true),
+                "clean": cosine(untouched, true),
                 "found": [
                     {
                         "family": family,
                         "asr": round(attack_success_rate(head.answers(f).numpy(), data.labels.numpy(), target), 4),
-                        "cosine": _cosine(f, true),
+                        "cosine": cosine(f, true),
                     }
                     for family, f in under
                 ],
@@ -115,7 +117,16 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
     return found
 
 
-def _cosine(one: Any, other: Any) -> float:
+def undrawn(everything: Listing, drawn: Listing) -> Listing:
+    """About `IMAGES` in all: of each class the files that sort last and were not drawn."""
+    taken = {path.resolve() for files in drawn.files for path in files}
+    each = max(1, IMAGES // len(everything.classes))
+    left = ([path for path in files if path.resolve() not in taken] for files in everything.files)
+    return replace(everything, files=tuple(tuple(files[-each:]) for files in left))
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    """Of the mean features, given features (N, E) under two triggers."""
     import torch.nn.functional as F
 
     return round(float(F.cosine_similarity(one.mean(0), other.mean(0), dim=0)), 4)

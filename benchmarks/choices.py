@@ -1,0 +1,173 @@
+"""What the losses, budgets and augmentations of stage 1 do: one setting changed at a time, on planted backdoors.
+
+    python benchmarks/choices.py measure --only NAME --plan PLAN.toml --root ../shared --root IMAGES --work WORK
+        makes triggers for an implant that `bench run` left in WORK, and appends lines to choices.jsonl
+    python benchmarks/choices.py table        rewrites what docs/method.md says of it
+
+Nothing is searched for: the agnostic trigger is made as ever, the others toward the planted target. Counted on images
+that none of them was made with, as in inversion.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from command import append, read, stamp
+from inversion import SHOTS, cosine, undrawn
+from pages import rewrite
+
+from cbpt_guard.bench.digits import CHECKPOINT
+from cbpt_guard.bench.plan import Places, Plan
+from cbpt_guard.bench.suspects import implant_folder, planted_triggers
+from cbpt_guard.bench.table import joined
+from cbpt_guard.defense.data import list_images, load_images
+from cbpt_guard.defense.found import FoundTrigger, encode
+from cbpt_guard.defense.journal import Scratch
+from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet, Subject
+from cbpt_guard.defense.suspect import ModelFlags, open_suspect, zero_shot_head
+from cbpt_guard.defense.workshop import Wanted, Workshop
+from cbpt_guard.metrics import attack_success_rate
+
+HERE = Path(__file__).parent
+LINES, METHOD = HERE / "choices.jsonl", HERE.parent / "docs" / "method.md"
+SEED = 0
+AGNOSTIC = "agnostic"
+Lines = list[dict[str, Any]]
+
+
+class Choice(NamedTuple):
+    """One setting changed; none: as it is."""
+
+    made: str
+    setting: str | None = None
+    value: float = 0.0
+
+    @property
+    def settings(self) -> InversionSettings:
+        """The recipe's, with this one changed."""
+        changed = {} if self.setting is None else {self.setting: self.value}
+        return InversionSettings.model_validate(InversionSettings().model_dump() | changed)
+
+    @property
+    def told(self) -> str:
+        """The setting and its value, in words."""
+        return "as it is" if self.setting is None else f"`{self.setting}` {_number(self.value)}"
+
+
+CHOICES = (
+    Choice(AGNOSTIC),
+    Choice(AGNOSTIC, "alike_weight", 0.0),
+    Choice(AGNOSTIC, "moved_weight", 0.0),
+    Choice(AGNOSTIC, "temperature", 0.02),
+    Choice(AGNOSTIC, "temperature", 0.2),
+    Choice(AGNOSTIC, "epsilon", 8 / 255),
+    Choice(AGNOSTIC, "epsilon", 32 / 255),
+    Choice(AGNOSTIC, "agnostic_steps", 20),
+    Choice(AGNOSTIC, "agnostic_batch", 16),
+    Choice("additive"),
+    Choice("additive", "shift", 0.0),
+    Choice("additive", "shift", 4 / 64),
+    Choice("additive", "epsilon", 8 / 255),
+    Choice("additive", "epsilon", 32 / 255),
+    Choice("additive", "additive_steps", 27),
+    Choice("masked"),
+    Choice("masked", "shift", 0.0),
+    Choice("masked", "shift", 4 / 64),
+    Choice("masked", "asr_goal", 0.8),
+    Choice("masked", "masked_steps", 60),
+)
+
+
+def main() -> None:
+    """Parse the command and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--plan", type=Path, required=True)
+    measuring.add_argument("--root", type=Path, action="append", required=True)
+    measuring.add_argument("--work", type=Path, required=True)
+    measuring.add_argument("--only", metavar="NAME", required=True)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "measure":
+        plan = Plan.read(args.plan)
+        if args.only not in plan.implants:
+            parser.error(f"{args.plan} has no implant {args.only!r}")
+        for line in measure(plan, args.only, Places(tuple(args.root), args.work)):
+            append(LINES, line)
+            print(json.dumps(line), flush=True)
+    else:
+        rewrite(METHOD, {"choices": told(read(LINES))})
+
+
+def measure(plan: Plan, name: str, places: Places) -> Iterator[dict[str, Any]]:
+    """A line for each choice, toward an implant's first target."""
+    implant, folder = plan.implants[name], implant_folder(plan, name, places)
+    planted = planted_triggers(implant, folder)[0]
+    everything = list_images(places.find(plan.datasets[implant.dataset].clean))
+    drawn = everything.drawn(SHOTS, SEED)
+    clip = open_suspect(folder / CHECKPOINT, ModelFlags(), drawn, plan.template, "cpu").clip
+    head = zero_shot_head(clip, everything.classes, plan.template)
+    data, counted = (load_images(listing, clip.preprocess) for listing in (drawn, undrawn(everything, drawn)))
+    clean = CleanSet(data.images, encode(clip, data.images), data.labels)
+    target = everything.classes.index(planted.target)
+    true = encode(clip, torch.from_numpy(planted.trigger.apply(counted.images.numpy())))
+    for choice in CHOICES:
+        subject = Subject(clip, clean, head, choice.settings)
+        trigger = made(Workshop(subject, everything.classes, SEED, Scratch(), silent), choice.made, target)
+        features = encode(clip, counted.images, trigger)
+        answers = head.answers(features)
+        yield {
+            "implant": name,
+            "target": planted.target,
+            **choice._asdict(),
+            "asr": round(attack_success_rate(answers.numpy(), counted.labels.numpy(), target), 4),
+            "rank": 1 + int((answers.bincount() > (answers == target).sum()).sum()),
+            "cosine": cosine(features, true),
+            "area": round(trigger.area, 4),
+            **stamp(),
+        }
+
+
+def made(workshop: Workshop, what: str, target: int) -> FoundTrigger:
+    """The agnostic trigger, or one of a family toward the target."""
+    if what == AGNOSTIC:
+        return workshop.agnostic()
+    return workshop.toward([Wanted(target, "masked" if what == "masked" else "additive")])[0]
+
+
+def told(measured: Lines) -> str:
+    """Markdown: a row for each choice, a column for each implant; of several lines of a cell the last."""
+    if not measured:
+        return "Not measured yet."
+    last = {(line["implant"], line["made"], line["setting"], line["value"]): line for line in measured}
+    implants = list(dict.fromkeys(line["implant"] for line in measured))
+    head = ("trigger", "setting", *implants)
+    rows = [(choice.made, choice.told, *(_cell(last.get((one, *choice))) for one in implants)) for choice in CHOICES]
+    return "\n".join([joined(head), joined(["---"] * len(head)), *map(joined, rows)])
+
+
+def _cell(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "-"
+    rank = f", {line['rank']}" if line["made"] == AGNOSTIC else ""
+    return f"{line['cosine']:.3f} ({100 * line['asr']:.0f}{rank})"
+
+
+def _number(value: float) -> str:
+    """As the settings' own defaults are written: shares of 255 levels or of 64 parts of the side, or plainly."""
+    for parts in (255, 64):
+        if 0 < value < 1 and abs(value * parts - round(value * parts)) < 1e-9:
+            return f"{round(value * parts)}/{parts}"
+    return f"{value:g}"
+
+
+if __name__ == "__main__":
+    main()
