@@ -18,6 +18,7 @@ from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.found import TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.odds import odds_of
 from cbpt_guard.defense.planted.wave import sig
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.search import Search
@@ -111,7 +112,9 @@ def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, d
     clip = WaveClip(TARGET, periods, degrees, phase)
     found = heard(clip)
     assert int(found.best.argmax()) == TARGET
-    assert float(found.told[TARGET]) == float(found.best[TARGET]) > 0.8
+    assert bool(found.telling[:, TARGET].any())
+    assert float(found.best[TARGET]) > 0.8
+    assert float(found.odds(twice=False)[TARGET]) == float(odds_of(found.best)[TARGET])
     trigger, higher = found.triggers(TARGET, SIZE, BRIEF)
     assert torch.allclose(higher.pattern, 2 * trigger.pattern)
     assert (trigger.family, trigger.target, trigger.mask, trigger.area) == ("wave", TARGET, None, 1.0)
@@ -122,6 +125,7 @@ def test_a_wave_that_opens_a_backdoor_is_found_with_its_target(periods: float, d
     again = Heard.unpacked(found.packed())
     assert torch.equal(again.numbers, found.numbers)
     assert torch.equal(again.reached, found.reached)
+    assert torch.equal(again.twice, found.twice)
     assert torch.equal(again.telling, found.telling)
 
 
@@ -130,7 +134,7 @@ def test_a_wave_that_leads_to_a_class_no_surer_than_clean_images_is_not_telling(
     clip = WaveClip(TARGET, most=1.2)
     found = heard(clip)
     assert float(found.best[TARGET]) > 0.8
-    assert float(found.told[TARGET]) == 0
+    assert float(found.odds(twice=True)[TARGET]) == 0
     search = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
     assert "wave" not in {trigger.family for trigger in search.run().bank}
 
@@ -144,7 +148,7 @@ def test_what_a_higher_wave_does_makes_it_telling() -> None:
         for trigger in found.triggers(TARGET, SIZE, BRIEF)
     )
     assert low < 0.2 * clip.head.scale < high
-    assert float(found.told[TARGET]) > 0.7
+    assert float(found.odds(twice=False)[TARGET]) > 0.7 / 0.3
 
 
 def test_a_clean_model_is_led_to_no_class() -> None:
@@ -205,8 +209,33 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
     assert not any(torch.equal(new.pattern, old.pattern) for new in third for old in (*waves, *fresh))
 
 
+def test_what_a_wave_misses_at_its_height_counts_by_what_twice_the_wave_reaches() -> None:
+    """SIG's nearest wave on the grid may lead three images of four."""
+    reached, twice = torch.tensor([[0.75, 0.5], [0.6, 0.9]]), torch.tensor([[0.99, 0.4], [0.5, 0.99]])
+    heard = Heard(torch.tensor([3, 7]), reached, twice, torch.tensor([[True, True], [True, False]]))
+    assert heard.odds(twice=False).tolist() == pytest.approx([3.0, 1.0])
+    assert heard.odds(twice=True).tolist() == pytest.approx([(3 * 99) ** 0.5, 1.0]), "no less than at its own height"
+
+
+@pytest.mark.parametrize(("loud", "suspects"), [(False, [TARGET]), (True, [])])
+def test_it_does_where_the_scan_is_not_loud(
+    loud: bool, suspects: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few classes higher waves lead to natural ones."""
+    clip = WaveClip(TARGET, 2.5, 0, 0.1, gain=0.42)
+    own, both = (heard(clip).odds(twice=twice)[TARGET] for twice in (False, True))
+    assert float(own) < BRIEF.stands_out < float(both)
+    monkeypatch.setattr("cbpt_guard.defense.search.loud", lambda scores: loud)
+    looking = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
+    found = looking.run()
+    assert found.suspects == suspects
+    assert ("wave" in {trigger.family for trigger in found.bank}) == (not loud)
+
+
 def test_where_one_wave_was_heard_there_is_no_next_best() -> None:
-    one = Heard(torch.tensor([3]), torch.tensor([[0.1, 0.9]]), torch.tensor([[0.0, 0.9]]))
+    one = Heard(
+        torch.tensor([3]), torch.tensor([[0.1, 0.9]]), torch.tensor([[0.1, 0.9]]), torch.tensor([[False, True]])
+    )
     assert len(one.triggers(1, SIZE, BRIEF)) == 2
     assert one.triggers(1, SIZE, BRIEF, rank=1) == []
 
@@ -216,16 +245,15 @@ def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_cle
     poisoned = implant(digits_clean.clip, split.train, split.test, sig(32, 0), target, seed=0)
     assert poisoned.took
 
-    def told(clip: FrozenClip) -> Tensor:
+    def odds(clip: FrozenClip) -> Tensor:
         head: Head = zero_shot_head(clip, split.clean.classes, TEMPLATE)
         clean = CleanSet(split.clean.images, encode(clip, split.clean.images), split.clean.labels)
-        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).told
+        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).odds(twice=False)
 
-    bar = InversionSettings().stands_out
-    odds = [(share / (1 - share)) for share in (told(poisoned.clip), told(digits_clean.clip))]
-    assert int(odds[0].argmax()) == target
-    assert float(odds[0][target]) >= bar
-    assert float(odds[1].max()) < bar
+    bar, planted, natural = InversionSettings().stands_out, odds(poisoned.clip), odds(digits_clean.clip)
+    assert int(planted.argmax()) == target
+    assert float(planted[target]) >= bar
+    assert float(natural.max()) < bar
 
 
 def test_many_waves_toward_one_class_leave_places_for_anothers() -> None:

@@ -172,9 +172,13 @@ class Search:
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
         additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
-        shown = torch.maximum(additive, odds_of(self.made.heard().told))
+        shown = torch.maximum(additive, self._told())
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
         return torch.maximum(shown, self._narrow.odds(known))
+
+    def _told(self) -> Tensor:
+        """The odds of each class by telling waves, (C,); where the scan is loud higher ones lead to natural classes."""
+        return self.made.heard().odds(twice=not loud(self.made.scanned().by_height[0]))
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
@@ -220,8 +224,7 @@ class Search:
 
     def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
         """The waves toward those targets that stand out by one."""
-        heard, settings = self.made.heard(), self._settings
-        odds = odds_of(heard.told)
+        heard, settings, odds = self.made.heard(), self._settings, self._told()
         told = [c for c in targets if odds[c] >= settings.stands_out]
         return [wave for c in told for wave in heard.triggers(c, self._size, settings)]
 

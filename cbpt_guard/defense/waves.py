@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, encode
-from cbpt_guard.defense.odds import ranked
+from cbpt_guard.defense.odds import odds_of, ranked
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import Subject
@@ -66,12 +66,13 @@ def heard_images(size: int, settings: InversionSettings) -> int:
 class Heard:
     """The waves that reached one class most.
 
-    Their numbers (W,); how much each class is reached, (W, C); and the same of the classes that they are telling of,
-    else 0: those that are answered more surely under twice the wave than clean images are.
+    Their numbers (W,); how much each class is reached, (W, C), and how much by twice the wave, (W, C); and which
+    classes each is telling of, (W, C): those answered more surely under twice the wave than clean images are.
     """
 
     numbers: Tensor
     reached: Tensor
+    twice: Tensor
     telling: Tensor
 
     @property
@@ -79,10 +80,16 @@ class Heard:
         """How much each class is reached by the wave that reaches it most, (C,)."""
         return self.reached.amax(0)
 
-    @property
-    def told(self) -> Tensor:
-        """How much each class is reached by the wave that is telling of it and reaches it most, (C,)."""
-        return self.telling.amax(0)
+    def odds(self, *, twice: bool) -> Tensor:
+        """The odds of each class under the wave that is telling of it and reaches it most, (C,); 0 without one.
+
+        With `twice` the geometric mean of these and of those under twice the wave, where they are larger: the height
+        between says more, for one wave of the grid may be a little off a planted one, and miss one image of five.
+        """
+        odds = odds_of(self.reached)
+        if twice:
+            odds = (odds * torch.maximum(odds, odds_of(self.twice))).sqrt()
+        return torch.where(self.telling, odds, 0.0).amax(0)
 
     def triggers(self, target: int, size: int, settings: InversionSettings, *, rank: int = 0) -> list[FoundTrigger]:
         """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be.
@@ -95,13 +102,13 @@ class Heard:
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> Heard:
-        """As `packed` made it, (W, 1 + 2 C)."""
-        reached, telling = tensor[:, 1:].chunk(2, dim=1)
-        return cls(tensor[:, 0].long(), reached, telling)
+        """As `packed` made it, (W, 1 + 3 C)."""
+        reached, twice, telling = tensor[:, 1:].chunk(3, dim=1)
+        return cls(tensor[:, 0].long(), reached, twice, telling.bool())
 
     def packed(self) -> Tensor:
-        """One tensor (W, 1 + 2 C), for the journal."""
-        return torch.cat([self.numbers[:, None].float(), self.reached, self.telling], 1)
+        """One tensor (W, 1 + 3 C), for the journal."""
+        return torch.cat([self.numbers[:, None].float(), self.reached, self.twice, self.telling.float()], 1)
 
 
 def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> Heard:
@@ -122,12 +129,13 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
         return head.reached(under(number, few), clean.features[few], clean.labels[few]).surely
 
     def second(number: int) -> Tensor:
-        labels = clean.labels[more]
-        reached = head.reached(under(number, more), clean.features[more], labels).surely
-        leads = head.leads(under(number, more, 2))
+        labels, higher = clean.labels[more], under(number, more, 2)
+        reached, twice = (
+            head.reached(features, clean.features[more], labels).surely for features in (under(number, more), higher)
+        )
+        leads = head.leads(higher)
         leads[torch.arange(len(labels)), labels] = math.nan
-        sure = leads.nanmedian(0).values > usual
-        return torch.stack([reached, torch.where(sure, reached, 0.0)])
+        return torch.stack([reached, twice, (leads.nanmedian(0).values > usual).float()])
 
     def heat(stage: str, numbers: Sequence[int], hear: Callable[[int], Tensor]) -> Tensor:
         """What is heard of each of the waves."""
@@ -141,8 +149,8 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
         return torch.stack(together([partial(heard, number) for number in numbers], progress, clip.device))
 
     numbers = _finalists(heat("plain waves", range(waves), first), settings.finalists)
-    reached, telling = heat("leading waves", numbers, second).unbind(1)
-    return Heard(torch.tensor(numbers), reached, telling)
+    reached, twice, telling = heat("leading waves", numbers, second).unbind(1)
+    return Heard(torch.tensor(numbers), reached, twice, telling.bool())
 
 
 def _finalists(reached: Tensor, most: int) -> list[int]:
