@@ -202,3 +202,16 @@ def test_what_the_choices_of_inversion_do(commands: tuple[ModuleType, ModuleType
     assert rows[choices.CHOICES.index(usual)] == "| agnostic | as it is | 0.500 (75, 1) | - |"
     assert rows[choices.CHOICES.index(lower)] == "| additive | `epsilon` 8/255 | - | 0.500 (100) |"
     assert all(choice.settings != usual.settings for choice in choices.CHOICES if choice.setting is not None)
+
+
+def test_what_waves_tell_is_shown_where_they_tell(commands: tuple[ModuleType, ModuleType]) -> None:
+    import telling  # beside `commands`
+
+    assert between(telling.METHOD, "telling") == telling.told(telling.read(telling.LINES))
+    assert telling.told([]) == "Not measured yet."
+    planted = {"label": "cat", "reached": 0.75, "twice": 0.99, "telling": True, "lead": 7.0, "odds": 3.0, "both": 17.2}
+    natural = planted | {"label": "dog", "telling": False, "lead": 2.0, "odds": 0.0, "both": 0.0}
+    line = {"model": "a", "seed": 1, "planted": [planted], "natural": natural, "bound": 3.5}
+    _, _, first, second = telling.told([line | {"bound": 9.0}, line]).splitlines()
+    assert first == "| a | 1 | cat (planted) | 0.75 | 0.99 | 7.0 | 3.5 | 3.0 | 17.2 |"
+    assert second == "| a | 1 | dog (natural) | 0.75 | 0.99 | 2.0 | 3.5 | - | - |"

@@ -26,7 +26,8 @@ from cbpt_guard.defense.together import Tally, together
 _DIRECTIONS, _PHASES = 8, 4
 _FINER, _LEAST_PERIOD = 1.2, 3  # each finer wave has so many times the periods of the one before it; in pixels
 _SECOND_HEAT = 16  # times the images of the first
-_USUAL = 0.75  # quantile of the clean leads
+SURELY = 0.75
+"""Of the right answers on clean images, that a class must lead by more than under twice a wave to be told by it."""
 
 
 def count_waves(size: int, settings: InversionSettings) -> int:
@@ -119,7 +120,7 @@ def listen(subject: Subject, generator: torch.Generator, progress: Progress) -> 
     """
     clip, clean, head, settings = subject.clip, subject.clean, subject.head, subject.settings
     few, more = (clean.draw(count * settings.wave_images, generator) for count in (1, _SECOND_HEAT))
-    waves, usual = count_waves(clip.image_size, settings), subject.usual_lead(_USUAL)
+    waves, usual = count_waves(clip.image_size, settings), subject.usual_lead(SURELY)
 
     def under(number: int, index: Tensor, height: int = 1) -> Tensor:
         trigger = FoundTrigger("wave", -1, height * wave(number, clip.image_size, settings), None)
