@@ -39,6 +39,8 @@ HERE = Path(__file__).parent
 LINES, METHOD = HERE / "choices.jsonl", HERE.parent / "docs" / "method.md"
 SEED = 0
 AGNOSTIC = "agnostic"
+PARTS = {"epsilon": 255, "shift": 64}
+"""What the settings' defaults are written in parts of."""
 Lines = list[dict[str, Any]]
 
 
@@ -58,7 +60,11 @@ class Choice(NamedTuple):
     @property
     def told(self) -> str:
         """The setting and its value, in words."""
-        return "as it is" if self.setting is None else f"`{self.setting}` {_number(self.value)}"
+        if self.setting is None:
+            return "as it is"
+        parts = PARTS.get(self.setting)
+        value = f"{self.value:g}" if parts is None or not self.value else f"{parts * self.value:g}/{parts}"
+        return f"`{self.setting}` {value}"
 
 
 CHOICES = (
@@ -159,14 +165,6 @@ def _cell(line: dict[str, Any] | None) -> str:
         return "-"
     rank = f", {line['rank']}" if line["made"] == AGNOSTIC else ""
     return f"{line['cosine']:.3f} ({100 * line['asr']:.0f}{rank})"
-
-
-def _number(value: float) -> str:
-    """As the settings' own defaults are written: shares of 255 levels or of 64 parts of the side, or plainly."""
-    for parts in (255, 64):
-        if 0 < value < 1 and abs(value * parts - round(value * parts)) < 1e-9:
-            return f"{round(value * parts)}/{parts}"
-    return f"{value:g}"
 
 
 if __name__ == "__main__":
