@@ -4,8 +4,8 @@
         makes triggers for an implant that `bench run` left in WORK, and appends lines to choices.jsonl
     python benchmarks/choices.py table        rewrites what docs/method.md says of it
 
-Nothing is searched for: the agnostic trigger is made as ever, the others toward the planted target. Counted on images
-that none of them was made with, as in inversion.py.
+Nothing is searched for: the agnostic trigger is made as in a search, the others toward the planted target, all with
+every shot that is drawn. Counted on images that none of them was made with, as in inversion.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from command import append, read, stamp
@@ -26,7 +26,7 @@ from cbpt_guard.bench.plan import Places, Plan
 from cbpt_guard.bench.suspects import implant_folder, planted_triggers
 from cbpt_guard.bench.table import joined
 from cbpt_guard.defense.data import list_images, load_images
-from cbpt_guard.defense.found import FoundTrigger, encode
+from cbpt_guard.defense.found import FoundTrigger, Inverted, encode
 from cbpt_guard.defense.journal import Scratch
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.settings import InversionSettings
@@ -38,7 +38,7 @@ from cbpt_guard.metrics import attack_success_rate
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "choices.jsonl", HERE.parent / "docs" / "method.md"
 SEED = 0
-AGNOSTIC = "agnostic"
+AGNOSTIC: Final = "agnostic"
 PARTS = {"epsilon": 255, "shift": 64}
 """What the settings' defaults are written in parts of."""
 Lines = list[dict[str, Any]]
@@ -47,7 +47,7 @@ Lines = list[dict[str, Any]]
 class Choice(NamedTuple):
     """One setting changed; none: as it is."""
 
-    made: str
+    trigger: Inverted | Literal["agnostic"]
     setting: str | None = None
     value: float = 0.0
 
@@ -58,8 +58,8 @@ class Choice(NamedTuple):
         return InversionSettings.model_validate(InversionSettings().model_dump() | changed)
 
     @property
-    def told(self) -> str:
-        """The setting and its value, in words."""
+    def words(self) -> str:
+        """The setting and its value."""
         if self.setting is None:
             return "as it is"
         parts = PARTS.get(self.setting)
@@ -127,7 +127,7 @@ def measure(plan: Plan, name: str, places: Places) -> Iterator[dict[str, Any]]:
     true = encode(clip, torch.from_numpy(planted.trigger.apply(counted.images.numpy())))
     for choice in CHOICES:
         subject = Subject(clip, clean, head, choice.settings)
-        trigger = made(Workshop(subject, everything.classes, SEED, Scratch(), silent), choice.made, target)
+        trigger = made(Workshop(subject, everything.classes, SEED, Scratch(), silent), choice.trigger, target)
         features = encode(clip, counted.images, trigger)
         answers = head.answers(features)
         yield {
@@ -142,29 +142,29 @@ def measure(plan: Plan, name: str, places: Places) -> Iterator[dict[str, Any]]:
         }
 
 
-def made(workshop: Workshop, what: str, target: int) -> FoundTrigger:
+def made(workshop: Workshop, kind: Inverted | Literal["agnostic"], target: int) -> FoundTrigger:
     """The agnostic trigger, or one of a family toward the target."""
-    if what == AGNOSTIC:
-        return workshop.agnostic()
-    return workshop.toward([Wanted(target, "masked" if what == "masked" else "additive")])[0]
+    return workshop.agnostic() if kind == AGNOSTIC else workshop.toward([Wanted(target, kind)])[0]
 
 
 def told(measured: Lines) -> str:
     """Markdown: a row for each choice, a column for each implant; of several lines of a cell the last."""
     if not measured:
         return "Not measured yet."
-    last = {(line["implant"], line["made"], line["setting"], line["value"]): line for line in measured}
+    last = {(line["implant"], line["trigger"], line["setting"], line["value"]): line for line in measured}
     implants = list(dict.fromkeys(line["implant"] for line in measured))
     head = ("trigger", "setting", *implants)
-    rows = [(choice.made, choice.told, *(_cell(last.get((one, *choice))) for one in implants)) for choice in CHOICES]
+    rows = [
+        (choice.trigger, choice.words, *(_cell(last.get((one, *choice))) for one in implants)) for choice in CHOICES
+    ]
     return "\n".join([joined(head), joined(["---"] * len(head)), *map(joined, rows)])
 
 
 def _cell(line: dict[str, Any] | None) -> str:
     if line is None:
         return "-"
-    rank = f", {line['rank']}" if line["made"] == AGNOSTIC else ""
-    return f"{line['cosine']:.3f} ({100 * line['asr']:.0f}{rank})"
+    more = {AGNOSTIC: f", {line['rank']}", "masked": f", {100 * line['area']:.1f}"}.get(line["trigger"], "")
+    return f"{line['cosine']:.3f} ({100 * line['asr']:.0f}{more})"
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def superseded(lines: Sequence[Line]) -> Iterator[str]:
     """A point for each line that was replaced: what the run said, its ASR, and whom it suspected wrongly."""
     for line in lines:
         planted = {pair.target for pair in line.pairs} or {line.target}
-        told = f"- *{line.implant}*, search {line.search}: *{line.verdict}*, ASR of the worst trigger "
+        draw = f", seed {line.seed}" if line.seed else ""
+        told = f"- *{line.implant}*{draw}, search {line.search}: *{line.verdict}*, ASR of the worst trigger "
         told += f"{100 * line.asr_worst:.1f} %"
         for one in line.suspects or ():
             if one.name not in planted:

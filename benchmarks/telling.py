@@ -5,8 +5,9 @@
         that a run with `--seed` (0) tunes on; appends lines to telling.jsonl
     python benchmarks/telling.py table        rewrites what docs/method.md says of it
 
-`reached` is the share of images that the wave which leads most of them brings to the class, `twice` that of twice the
-wave, `lead` by how many logits the class leads under twice the wave, in the median over images of other classes.
+A row is of one wave, that which puts the class furthest ahead, or else leads most images to it: `reached` is the share
+of images that it leads there, `twice` that of twice the wave, `lead` by how many logits the class leads under twice the
+wave, in the median over further images of other classes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from command import append, read, stamp
 from inversion import SHOTS
 from pages import rewrite
+from torch import Tensor
 
 from cbpt_guard.bench.digits import CHECKPOINT
 from cbpt_guard.bench.plan import Places, Plan
@@ -29,7 +31,7 @@ from cbpt_guard.bench.table import joined
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_images, split
 from cbpt_guard.defense.draws import generator
-from cbpt_guard.defense.found import FoundTrigger, encode
+from cbpt_guard.defense.found import encode
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.settings import InversionSettings, TuningSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -98,20 +100,28 @@ def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
 
 
 def about(subject: Subject, heard: Heard, c: int, label: str, seed: int) -> Line:
-    """How far one class is led to by the waves that were heard at length."""
-    trigger: FoundTrigger = heard.triggers(c, subject.clip.image_size, subject.settings)[1]
-    others = subject.others(c)
+    """How far one class is led to by the one of the waves heard at length that leads to it most."""
+    parts = (heard.numbers, heard.reached, heard.twice, heard.telling)
+    waves = [Heard(*(part[place : place + 1] for part in parts)) for place in range(len(heard.numbers))]
+    one = max(waves, key=lambda wave: [float(measure[c]) for measure in _measures(wave)])
+    (_, higher), others = one.triggers(c, subject.clip.image_size, subject.settings), subject.others(c)
     drawn = others[torch.randperm(len(others), generator=generator(seed, "leads"))[:IMAGES]]
-    leads = subject.head.leads(encode(subject.clip, subject.clean.images[drawn], trigger))[:, c]
+    leads = subject.head.leads(encode(subject.clip, subject.clean.images[drawn], higher))[:, c]
+    both, odds, twice, reached = (float(measure[c]) for measure in _measures(one))
     return {
         "label": label,
-        "reached": round(float(heard.reached[:, c].max()), 4),
-        "twice": round(float(heard.twice[:, c].max()), 4),
-        "telling": bool(heard.telling[:, c].any()),
+        "reached": round(reached, 4),
+        "twice": round(twice, 4),
+        "telling": bool(one.telling[0, c]),
         "lead": round(float(leads.median()), 2),
-        "odds": round(float(heard.odds(twice=False)[c]), 3),
-        "both": round(float(heard.odds(twice=True)[c]), 3),
+        "odds": round(odds, 3),
+        "both": round(both, 3),
     }
+
+
+def _measures(wave: Heard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one wave, each (C,): odds by both heights, odds by its own, how much twice it and it itself reach."""
+    return wave.odds(twice=True), wave.odds(twice=False), wave.twice[0], wave.reached[0]
 
 
 def told(measured: list[Line]) -> str:

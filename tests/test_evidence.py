@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from lines import line
+from lines import cbpt, line
 
 from cbpt_guard.bench.lines import CONTROL
 from cbpt_guard.bench.plan import Plan
@@ -130,6 +130,21 @@ def test_a_summary_is_the_mean_over_attacks_of_the_means_over_seeds() -> None:
     ]
     assert "| cbpt | 2 | 55.5 | 3.0 | 5.0 | 10.0 | 20.0 | 40.0 | 70.0 |" in summary(lines)
     assert summary([]) == "No attack has been measured yet."
+
+
+def test_a_run_that_was_replaced_is_told_with_its_draw_and_whom_it_suspected_wrongly(
+    commands: tuple[ModuleType, ModuleType],
+) -> None:
+    evidence, _ = commands
+    wrong = {"name": "two", "recall": 0.5, "undefended": 0.58}
+    runs = [
+        cbpt("four", search=4, asr_worst=0.98, target="three", suspects=[wrong | {"name": "three"}]),
+        cbpt("sig", search=7, asr_worst=0.995, seed=1, verdict="unverified", suspects=[wrong]),
+    ]
+    first, second = evidence.superseded(runs)
+    assert first == "- *four*, search 4: *guarded*, ASR of the worst trigger 98.0 %"
+    told = "- *sig*, seed 1, search 7: *unverified*, ASR of the worst trigger 99.5 %"
+    assert second == f"{told}; 'two' suspected wrongly, its recall -8.0 points"
 
 
 def test_the_plantings_that_lines_name_are_told(commands: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:

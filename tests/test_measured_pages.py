@@ -193,14 +193,21 @@ def test_what_the_choices_of_inversion_do(commands: tuple[ModuleType, ModuleType
     assert between(choices.METHOD, "choices") == choices.told(choices.read(choices.LINES))
 
     def line(implant: str, choice: Any, asr: float, rank: int) -> dict[str, Any]:
-        return {"implant": implant, **choice._asdict(), "asr": asr, "rank": rank, "cosine": 0.5}
+        return {"implant": implant, **choice._asdict(), "asr": asr, "rank": rank, "cosine": 0.5, "area": 0.04}
 
     usual, lower = choices.Choice(choices.AGNOSTIC), choices.Choice("additive", "epsilon", 8 / 255)
-    measured = [line("a", usual, 0.2, 9), line("a", usual, 0.75, 1), line("b", lower, 0.999, 1)]
+    masked = choices.Choice("masked")
+    measured = [
+        line("a", usual, 0.2, 9),
+        line("a", usual, 0.75, 1),
+        line("b", lower, 0.999, 1),
+        line("b", masked, 1.0, 1),
+    ]
     head, _, *rows = choices.told(measured).splitlines()
     assert head == "| trigger | setting | a | b |"
     assert rows[choices.CHOICES.index(usual)] == "| agnostic | as it is | 0.500 (75, 1) | - |"
     assert rows[choices.CHOICES.index(lower)] == "| additive | `epsilon` 8/255 | - | 0.500 (100) |"
+    assert rows[choices.CHOICES.index(masked)] == "| masked | as it is | - | 0.500 (100, 4.0) |"
     assert all(choice.settings != usual.settings for choice in choices.CHOICES if choice.setting is not None)
 
 

@@ -448,6 +448,12 @@ def test_a_scan_looks_at_images_of_other_classes_alone(seed: int) -> None:
     assert float(at_once(torch.zeros(6), scanned.scores, SETTINGS).max()) == 0.0
 
 
+def test_a_scan_is_loud_by_patterns_of_the_settings_height() -> None:
+    lower, usual = torch.full((1, 6), -9.0), torch.full((1, 6), -0.1)
+    assert Scanned(torch.cat([usual, lower])).loud
+    assert not Scanned(torch.cat([lower, usual])).loud
+
+
 def test_nor_does_a_search_of_mostly_its_images_suspect_it(tmp_path: Path) -> None:
     """The clean model's agnostic trigger leaves class 0 most of the answers: those of its own images."""
     clip = PlantedClip(None)

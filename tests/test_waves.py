@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from cbpt_guard.bench.implant import implant
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.draws import generator
-from cbpt_guard.defense.found import TriggerBank, encode
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.odds import odds_of
@@ -211,10 +212,37 @@ def test_the_search_suspects_it_and_puts_it_into_the_bank(tmp_path: Path, target
 
 def test_what_a_wave_misses_at_its_height_counts_by_what_twice_the_wave_reaches() -> None:
     """SIG's nearest wave on the grid may lead three images of four."""
-    reached, twice = torch.tensor([[0.75, 0.5], [0.6, 0.9]]), torch.tensor([[0.99, 0.4], [0.5, 0.99]])
-    heard = Heard(torch.tensor([3, 7]), reached, twice, torch.tensor([[True, True], [True, False]]))
-    assert heard.odds(twice=False).tolist() == pytest.approx([3.0, 1.0])
-    assert heard.odds(twice=True).tolist() == pytest.approx([(3 * 99) ** 0.5, 1.0]), "no less than at its own height"
+    reached, twice = (
+        torch.tensor([[0.75, 0.5, 0.4], [0.6, 0.9, 0.1]]),
+        torch.tensor([[0.99, 0.4, 0.99], [0.5, 0.99, 0.99]]),
+    )
+    heard = Heard(torch.tensor([3, 7]), reached, twice, torch.tensor([[True, True, True], [True, False, True]]))
+    assert heard.odds(twice=False).tolist() == pytest.approx([3.0, 1.0, 2 / 3])
+    expected = [(3 * 99) ** 0.5, 1.0, 2 / 3]
+    assert heard.odds(twice=True).tolist() == pytest.approx(expected), "no less than at its own height, if that is half"
+
+
+def test_waves_are_heard_at_their_height_and_the_leading_ones_at_twice_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights: Counter[float] = Counter()
+
+    def counting(clip: FrozenClip, images: Tensor, trigger: FoundTrigger) -> Tensor:
+        heights[round(255 * float(trigger.pattern.abs().max()))] += 1
+        return encode(clip, images, trigger)
+
+    monkeypatch.setattr("cbpt_guard.defense.waves.encode", counting)
+    settings = BRIEF.model_copy(update={"wave_periods": 4})  # of whole periods one phase of four meets the crest
+    heard(WaveClip(TARGET), settings)
+    assert set(heights) <= {*range(23, 33), *range(46, 65)}
+    assert sum(count for height, count in heights.items() if height > 32) == settings.finalists
+
+
+def test_the_bank_holds_the_wave_that_told() -> None:
+    """Another may lead more images there at its own height, and be telling of nothing."""
+    reached = torch.tensor([[0.7], [0.8]])
+    heard = Heard(torch.tensor([3, 7]), reached, reached, torch.tensor([[True], [False]]))
+    first, second = (heard.triggers(0, SIZE, BRIEF, rank=rank)[0] for rank in (0, 1))
+    assert torch.equal(first.pattern, wave(3, SIZE, BRIEF))
+    assert torch.equal(second.pattern, wave(7, SIZE, BRIEF))
 
 
 @pytest.mark.parametrize(("loud", "suspects"), [(False, [TARGET]), (True, [])])
@@ -225,7 +253,7 @@ def test_it_does_where_the_scan_is_not_loud(
     clip = WaveClip(TARGET, 2.5, 0, 0.1, gain=0.42)
     own, both = (heard(clip).odds(twice=twice)[TARGET] for twice in (False, True))
     assert float(own) < BRIEF.stands_out < float(both)
-    monkeypatch.setattr("cbpt_guard.defense.search.loud", lambda scores: loud)
+    monkeypatch.setattr("cbpt_guard.defense.classscan.Scanned.loud", loud)
     looking = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
     found = looking.run()
     assert found.suspects == suspects
@@ -245,12 +273,13 @@ def test_sig_is_heard_on_a_trained_model_and_nothing_on_the_clean_one(digits_cle
     poisoned = implant(digits_clean.clip, split.train, split.test, sig(32, 0), target, seed=0)
     assert poisoned.took
 
-    def odds(clip: FrozenClip) -> Tensor:
+    def odds(clip: FrozenClip, *, twice: bool) -> Tensor:
         head: Head = zero_shot_head(clip, split.clean.classes, TEMPLATE)
         clean = CleanSet(split.clean.images, encode(clip, split.clean.images), split.clean.labels)
-        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).odds(twice=False)
+        return listen(Subject(clip, clean, head, InversionSettings()), generator(0, "waves"), silent).odds(twice=twice)
 
-    bar, planted, natural = InversionSettings().stands_out, odds(poisoned.clip), odds(digits_clean.clip)
+    bar = InversionSettings().stands_out
+    planted, natural = odds(poisoned.clip, twice=False), odds(digits_clean.clip, twice=True)
     assert int(planted.argmax()) == target
     assert float(planted[target]) >= bar
     assert float(natural.max()) < bar

@@ -39,6 +39,11 @@ class Scanned:
         """The mean over the heights, (C,): what is planted may be reached readily at some and lost at others."""
         return self.by_height.mean(0)
 
+    @property
+    def loud(self) -> bool:
+        """Whether patterns of the settings' height are large to the model."""
+        return loud(self.by_height[0])
+
 
 def scan_targets(subject: Subject, generator: torch.Generator, progress: Progress) -> Scanned:
     """Scores of each class, under patterns of at most the settings' `epsilon`, and of less where that tells nothing.

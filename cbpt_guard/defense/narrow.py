@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.found import FoundTrigger, Place
 from cbpt_guard.defense.inversion import NARROW
-from cbpt_guard.defense.odds import ahead, loud, odds_of, ranked
+from cbpt_guard.defense.odds import ahead, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.workshop import Wanted, Workshop
@@ -50,9 +50,10 @@ class NarrowSearch:
         leads clearly over others under triggers of its family, at its place: over those looked at, those where other
         agnostic ones ended, and the scan's leaders. Not where the scan is loud.
         """
-        scores = self._made.scanned().by_height[0]
+        scanned = self._made.scanned()
+        scores = scanned.by_height[0]
         odds = torch.zeros_like(scores)
-        if loud(scores):
+        if scanned.loud:
             return odds
         hints, ended = self._hints(known)
         self._places = {c: one.place for c, one in hints if one.family == "patch"}

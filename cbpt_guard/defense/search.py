@@ -16,7 +16,7 @@ from cbpt_guard.defense.inversion import NARROW
 from cbpt_guard.defense.job import Prepared
 from cbpt_guard.defense.journal import Parts
 from cbpt_guard.defense.narrow import NarrowSearch
-from cbpt_guard.defense.odds import at_once, faintly, grown, loud, odds_of, ranked
+from cbpt_guard.defense.odds import at_once, faintly, grown, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
@@ -81,7 +81,7 @@ class Search:
     def _candidates(self, observed: Sequence[int]) -> list[Candidate]:
         """Candidates by additive patterns of the usual height, by waves, by patches, warps and tints, and by masks.
 
-        A class stands out at once if most images answer it under the agnostic trigger or under a telling wave, if a
+        A class stands out at once if most images answer it under the agnostic trigger or under telling waves, if a
         short scan of every class reaches it far more readily than the rest, or if a narrow trigger puts it ahead.
         """
         lead = self._lead(self.made.agnostic())
@@ -125,7 +125,7 @@ class Search:
         lie behind one. Not where the scan is loud: there the usual ones do so already.
         """
         found, beside = list[Lead](), list(known)
-        if loud(self.made.scanned().by_height[0]):
+        if self.made.scanned().loud:
             return found
         for _ in range(self._settings.candidates):
             if len(beside) == len(self.classes):
@@ -178,7 +178,7 @@ class Search:
 
     def _told(self) -> Tensor:
         """The odds of each class by telling waves, (C,); where the scan is loud higher ones lead to natural classes."""
-        return self.made.heard().odds(twice=not loud(self.made.scanned().by_height[0]))
+        return self.made.heard().odds(twice=not self.made.scanned().loud)
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""

@@ -82,22 +82,23 @@ class Heard:
         return self.reached.amax(0)
 
     def odds(self, *, twice: bool) -> Tensor:
-        """The odds of each class under the wave that is telling of it and reaches it most, (C,); 0 without one.
+        """The odds of each class under that wave, of those telling of it, which puts it furthest ahead, (C,); or 0.
 
-        With `twice` the geometric mean of these and of those under twice the wave, where they are larger: the height
-        between says more, for one wave of the grid may be a little off a planted one, and miss one image of five.
+        With `twice`, of a wave that leads half of the images or more, the geometric mean of its odds and of those under
+        twice the wave, if that is larger: one of the grid may lie a little off a planted one.
         """
         odds = odds_of(self.reached)
         if twice:
-            odds = (odds * torch.maximum(odds, odds_of(self.twice))).sqrt()
+            odds = torch.where(odds >= 1, (odds * torch.maximum(odds, odds_of(self.twice))).sqrt(), odds)
         return torch.where(self.telling, odds, 0.0).amax(0)
 
     def triggers(self, target: int, size: int, settings: InversionSettings, *, rank: int = 0) -> list[FoundTrigger]:
         """The wave that reaches `target` most, as it was heard and twice as high: an attacker's may be.
 
-        With `rank` 1 the next best wave instead, and so on; none where so many were not heard.
+        Those that are telling of it come first. With `rank` 1 the next best wave instead, and so on; none where so many
+        were not heard.
         """
-        order = self.reached[:, target].argsort(descending=True, stable=True)
+        order = (self.reached + self.telling)[:, target].argsort(descending=True, stable=True)
         patterns = [wave(int(self.numbers[place]), size, settings) for place in order[rank : rank + 1]]
         return [FoundTrigger("wave", target, height * pattern, None) for pattern in patterns for height in (1, 2)]
 
