@@ -22,6 +22,7 @@ from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.odds import odds_of
 from cbpt_guard.defense.planted.wave import sig
 from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -258,6 +259,21 @@ def test_it_does_where_the_scan_is_not_loud(
     found = looking.run()
     assert found.suspects == suspects
     assert ("wave" in {trigger.family for trigger in found.bank}) == (not loud)
+
+
+@pytest.mark.parametrize(("score", "waves"), [(6.0, 2), (500.0, 0)])
+def test_a_wave_that_tells_by_both_heights_alone_is_in_the_bank_of_no_target_that_more_tells(
+    score: float, waves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leads too few images there, and the test would be wider for it."""
+    clip = WaveClip(TARGET)
+    looking = Search(clip.subject(BRIEF), [f"class {c}" for c in range(6)], 0, Journal(tmp_path, {}), silent)
+    share = torch.zeros(1, 6).index_fill(1, torch.tensor([TARGET]), 0.7)
+    one = Heard(torch.tensor([3]), share, share + 0.27 * (share > 0), share > 0)
+    monkeypatch.setattr(looking.made, "heard", lambda: one)
+    monkeypatch.setattr(looking, "_told", lambda: torch.full((6,), 6.0))
+    told = Candidate(label="class 2", index=TARGET, share=0.9, share_clean=0.1, score=score, stands_out=True)
+    assert len(looking._waves([told])) == waves
 
 
 def test_where_one_wave_was_heard_there_is_no_next_best() -> None:

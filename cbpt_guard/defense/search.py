@@ -209,7 +209,7 @@ class Search:
         agnostic = self.made.agnostic()
         if agnostic.target in targets:
             triggers.append(agnostic)
-        return TriggerBank((*triggers, *self._waves(targets)))
+        return TriggerBank((*triggers, *self._waves(candidates)))
 
     def _kinds(self, candidate: Candidate) -> list[Wanted]:
         """One trigger of each family toward a candidate."""
@@ -222,10 +222,14 @@ class Search:
             return False
         return candidate.natural >= self._settings.stands_out * candidate.area
 
-    def _waves(self, targets: Sequence[int]) -> list[FoundTrigger]:
-        """The waves toward those targets that stand out by one."""
+    def _waves(self, candidates: Sequence[Candidate]) -> list[FoundTrigger]:
+        """The waves toward those targets that stand out by one at its own height, or by nothing more than waves.
+
+        One that leads fewer images blurs the test of a target whose triggers are known.
+        """
         heard, settings, odds = self.made.heard(), self._settings, self._told()
-        told = [c for c in targets if odds[c] >= settings.stands_out]
+        own, bar = heard.odds(twice=False), settings.stands_out
+        told = [c.index for c in candidates if own[c.index] >= bar or odds[c.index] >= max(bar, c.score)]
         return [wave for c in told for wave in heard.triggers(c, self._size, settings)]
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
