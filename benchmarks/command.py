@@ -26,11 +26,25 @@ class Parsers(NamedTuple):
 
 def parsers(about: str | None) -> Parsers:
     """`measure --shared DIR --work DIR` and `table`; `about` is the module's docstring."""
+    found = _bare(about)
+    found.measuring.add_argument("--shared", type=Path, required=True)
+    found.measuring.add_argument("--work", type=Path, required=True)
+    return found
+
+
+def implant_parsers(about: str | None) -> Parsers:
+    """`measure --plan PLAN --root DIR ... --work DIR`, of what `bench run` left there, and `table`."""
+    found = _bare(about)
+    found.measuring.add_argument("--plan", type=Path, required=True)
+    found.measuring.add_argument("--root", type=Path, action="append", required=True)
+    found.measuring.add_argument("--work", type=Path, required=True)
+    return found
+
+
+def _bare(about: str | None) -> Parsers:
     whole = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
-    measuring.add_argument("--shared", type=Path, required=True)
-    measuring.add_argument("--work", type=Path, required=True)
     commands.add_parser("table")
     return Parsers(whole, commands, measuring)
 

@@ -10,7 +10,6 @@ planted one; `clean` is that of the mean clean feature and the latter: what no t
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from command import append, read, stamp
+from command import append, implant_parsers, read, stamp
 from pages import rewrite
 
 from cbpt_guard.bench.table import joined
@@ -37,13 +36,7 @@ Lines = list[dict[str, Any]]
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--plan", type=Path, required=True)
-    measuring.add_argument("--root", type=Path, action="append", required=True)
-    measuring.add_argument("--work", type=Path, required=True)
-    commands.add_parser("table")
+    parser, _, _ = implant_parsers(__doc__)
     args = parser.parse_args()
     if args.command == "measure":
         for line in measure(args.plan, args.root, args.work):

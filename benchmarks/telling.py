@@ -12,14 +12,13 @@ wave, in the median over further images of other classes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from command import append, read, stamp
+from command import append, implant_parsers, read, stamp
 from inversion import SHOTS
 from pages import rewrite
 from torch import Tensor
@@ -47,15 +46,9 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Parse the command and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--plan", type=Path, required=True)
-    measuring.add_argument("--root", type=Path, action="append", required=True)
-    measuring.add_argument("--work", type=Path, required=True)
+    parser, _, measuring = implant_parsers(__doc__)
     measuring.add_argument("--only", metavar="NAME", nargs="+", required=True)
     measuring.add_argument("--seed", type=int, default=0)
-    commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "measure":
         plan = Plan.read(args.plan)
