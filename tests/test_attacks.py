@@ -43,7 +43,14 @@ from cbpt_guard.images import Pixels
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = "a photo of a {}."
 SEVEN = ("badnet", "blended", "sig", "wanet", "issba", "trojvqa", "badclip")
-UNSEEN = {"random-place": "random-place-patch", "bpp": "quantised", "rotation": "rotation", "refool": "reflection"}
+UNSEEN = {
+    "random-place": "random-place-patch",
+    "bpp": "quantised",
+    "rotation": "rotation",
+    "refool": "reflection",
+    "blur": "blur",
+    "opposite-colours": "saturation",
+}
 PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch", "random-place")
 QUICK = OptimisedSettings(steps=6, images=24)
 

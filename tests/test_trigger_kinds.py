@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cbpt_guard.defense.planted.blur import Blur, defocused
 from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
@@ -14,6 +15,7 @@ from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, ran
 from cbpt_guard.defense.planted.quantised import Quantised, bpp
 from cbpt_guard.defense.planted.reflection import Reflection, refool
 from cbpt_guard.defense.planted.rotation import Rotation, tilted
+from cbpt_guard.defense.planted.saturation import Saturation, opposite_colours
 from cbpt_guard.defense.planted.warp import Warp, flow, wanet
 from cbpt_guard.defense.planted.wave import Wave, sig
 from cbpt_guard.errors import InputError
@@ -335,6 +337,39 @@ def test_a_reflection_takes_as_many_pictures_as_it_says() -> None:
         refool(images(32, 7), 0)
 
 
+def test_a_blur_spreads_an_edge_as_a_gaussian_does_and_keeps_its_light() -> None:
+    size, deviation = 65, 2.0
+    point = flat(0, size)
+    point[:, 32, 32] = 255
+    spread = Blur(size, deviation).apply(point)[0, ..., 0]
+    assert np.abs(spread.astype(int) - spread.T).max() <= 1, "rows first, each rounded"
+    assert np.array_equal(spread, spread[:, ::-1])
+    step = flat(0, size)
+    step[:, :, 33:] = 200
+    edge = np.diff(Blur(size, deviation).apply(step)[0, 32, :, 1].astype(float))
+    places = np.arange(size - 1) - 32
+    assert edge.sum() == 200
+    assert edge @ places / 200 == pytest.approx(0, abs=0.05)
+    assert np.sqrt(edge @ places**2 / 200) == pytest.approx(deviation, abs=0.15)
+    assert np.array_equal(Blur(size, deviation).apply(flat(77, size)), flat(77, size))
+
+
+@pytest.mark.parametrize(("size", "deviation"), [(112, 1.5), (224, 3.0)])
+def test_a_blur_grows_with_the_image(size: int, deviation: float) -> None:
+    assert defocused(size, 0) == Blur(size, deviation)
+
+
+def test_opposite_colours_keep_their_brightness_and_the_grey_ones() -> None:
+    clean = images(32, least=100, most=150)  # far from black and white, where nothing is cut off
+    turned = opposite_colours(32, 0).apply(clean)
+    brightness = np.array([0.299, 0.587, 0.114])
+    assert np.abs(turned @ brightness - clean @ brightness).max() < 1.6
+    assert np.abs((turned.astype(float) + clean) / 2 - (clean @ brightness)[..., None]).max() <= 1
+    assert np.array_equal(opposite_colours(32, 0).apply(flat(90)), flat(90))
+    faded = Saturation(32, 0.0).apply(clean)
+    assert (faded == faded[..., :1]).all()
+
+
 NOT_A_NUMBER = float("nan")
 
 
@@ -358,6 +393,8 @@ NOT_A_NUMBER = float("nan")
         (Filter, {"black": (0, 0, 0), "white": (255,) * 3, "contrast": NOT_A_NUMBER, "vignette": 0.5}),
         (Quantised, {"levels": 1}),
         (Rotation, {"degrees": NOT_A_NUMBER}),
+        (Blur, {"deviation": NOT_A_NUMBER}),
+        (Saturation, {"factor": NOT_A_NUMBER}),
         (Reflection, {"strength": 0.3, "seed": 0, "pixels": b""}),
         (Reflection, {"strength": NOT_A_NUMBER, "seed": 0, "pixels": b"\0" * (32 * 32 * 3)}),
     ],

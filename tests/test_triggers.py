@@ -19,7 +19,7 @@ from cbpt_guard.defense.triggers import DRAWINGS, TRIGGERS, Trigger, load_trigge
 from cbpt_guard.errors import InputError
 
 TARGET = "banana split"
-UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville", "bpp", "tilted"}
+UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville", "bpp", "tilted", "defocused", "opposite-colours"}
 TESTED_ELSEWHERE = {"steganographic"}  # it is trained, not drawn
 ODD_SIZE = 50  # no multiple of a block, of a stripe or of a control grid
 
@@ -39,6 +39,8 @@ MOST_CHANGE = {
     "nashville": (60, 255),
     "bpp": (20, 80),
     "tilted": (90, 255),
+    "defocused": (70, 255),
+    "opposite-colours": (120, 255),
 }
 
 
@@ -246,6 +248,12 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("tilted", {"degrees": 0.5}, "turned by 1 to 180"),
     ("tilted", {"degrees": -181.0}, "turned by 1 to 180"),
     ("tilted", {"degrees": INFINITE}, "malformed"),
+    ("defocused", {"deviation": 0.1}, "quarter of the side"),
+    ("defocused", {"deviation": 8.5}, "quarter of the side"),
+    ("defocused", {"deviation": INFINITE}, "malformed"),
+    ("opposite-colours", {"factor": 1.05}, "not by about 1"),
+    ("opposite-colours", {"factor": -4.5}, "not by about 1"),
+    ("opposite-colours", {"factor": INFINITE}, "malformed"),
     ("refool", {"strength": 0.0}, "strength"),
     ("refool", {"strength": 1.5}, "strength"),
     ("refool", {"seed": -1}, "seed"),

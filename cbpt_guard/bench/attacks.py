@@ -80,6 +80,8 @@ ATTACKS: dict[str, Attack] = {
     "bpp": _drawn("bpp"),
     "rotation": _drawn("tilted"),
     "refool": Attack(lambda by: refool(by.images.images.numpy(), by.seed)),
+    "blur": _drawn("defocused"),
+    "opposite-colours": _drawn("opposite-colours"),
 }
 """Every attack by the name that a plan or `bench implant` gives it."""
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from cbpt_guard.defense.planted.blur import Blur, defocused
 from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import Frequency, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
@@ -20,6 +21,7 @@ from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, ran
 from cbpt_guard.defense.planted.quantised import Quantised, bpp
 from cbpt_guard.defense.planted.reflection import Reflection
 from cbpt_guard.defense.planted.rotation import Rotation, tilted
+from cbpt_guard.defense.planted.saturation import Saturation, opposite_colours
 from cbpt_guard.defense.planted.steganographic import Steganographic
 from cbpt_guard.defense.planted.trigger import LARGEST_SIDE, Trigger, TriggerParams
 from cbpt_guard.defense.planted.warp import Warp, wanet
@@ -55,6 +57,8 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "quantised": Quantised,
     "rotation": Rotation,
     "reflection": Reflection,
+    "blur": Blur,
+    "saturation": Saturation,
 }
 """Every kind of trigger by the name that stands in `trigger.json`."""
 
@@ -73,6 +77,8 @@ DRAWINGS: dict[str, Callable[[int, int], Trigger]] = {
     "nashville": nashville,
     "bpp": bpp,
     "tilted": tilted,
+    "defocused": defocused,
+    "opposite-colours": opposite_colours,
 }
 """Every closed-form trigger by the attack's name: (image size, seed) -> trigger."""
 
