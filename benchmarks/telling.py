@@ -13,9 +13,9 @@ wave, in the median over further images of other classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from command import append, implant_parsers, read, stamp
@@ -46,9 +46,19 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Parse the command and run it."""
-    parser, _, measuring = implant_parsers(__doc__)
-    measuring.add_argument("--only", metavar="NAME", nargs="+", required=True)
-    measuring.add_argument("--seed", type=int, default=0)
+    run(__doc__, measure, LINES, lambda lines: {"telling": told(lines)})
+
+
+def run(
+    about: str | None,
+    measuring: Callable[[Plan, str, int, Places], Line],
+    lines: Path,
+    written: Callable[[list[Line]], dict[str, str]],
+) -> None:
+    """Parse a command that measures implants of a plan by name, one line each, and writes a part of docs/method.md."""
+    parser, _, arguments = implant_parsers(about)
+    arguments.add_argument("--only", metavar="NAME", nargs="+", required=True)
+    arguments.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.command == "measure":
         plan = Plan.read(args.plan)
@@ -56,15 +66,23 @@ def main() -> None:
         if unknown := sorted(set(args.only) - known):
             parser.error(f"{args.plan} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         for name in args.only:
-            line = measure(plan, name, args.seed, Places(tuple(args.root), args.work))
-            append(LINES, line)
+            line = measuring(plan, name, args.seed, Places(tuple(args.root), args.work))
+            append(lines, line)
             print(json.dumps(line), flush=True)
     else:
-        rewrite(METHOD, {"telling": told(read(LINES))})
+        rewrite(METHOD, written(read(lines)))
 
 
-def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
-    """What the waves lead a model to, with the images that a run of `purify` with that seed tunes on."""
+class Looked(NamedTuple):
+    """A model as `purify` would look at it, its class names, and the numbers of the planted ones."""
+
+    subject: Subject
+    classes: Sequence[str]
+    planted: list[int]
+
+
+def looked_at(plan: Plan, name: str, seed: int, places: Places) -> Looked:
+    """An implant of the plan, or the clean CLIP of `clean-DATASET`, with the images that a run tunes on."""
     if name.startswith(CLEAN):
         dataset, targets = plan.datasets[name.removeprefix(CLEAN)], list[str]()
         model = places.find(dataset.model)
@@ -78,15 +96,20 @@ def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
     kept, _ = split(data.labels, TuningSettings().held_out, seed)
     clean = CleanSet(data.images[kept], encode(clip, data.images[kept]), data.labels[kept])
     subject = Subject(clip, clean, zero_shot_head(clip, listing.classes, plan.template), InversionSettings())
+    return Looked(subject, listing.classes, [listing.classes.index(target) for target in targets])
+
+
+def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
+    """What the waves lead a model to, with the images that a run of `purify` with that seed tunes on."""
+    subject, classes, wanted = looked_at(plan, name, seed, places)
     heard = listen(subject, generator(seed, "waves"), silent)
-    wanted = [listing.classes.index(target) for target in targets]
     natural = heard.twice.amax(0).index_fill(0, torch.tensor(wanted, dtype=torch.long), -1.0).argmax()
     return {
         "model": name,
         "seed": seed,
         "search": SEARCH,
-        "planted": [about(subject, heard, c, listing.classes[c], seed) for c in wanted],
-        "natural": about(subject, heard, int(natural), listing.classes[int(natural)], seed),
+        "planted": [about(subject, heard, c, classes[c], seed) for c in wanted],
+        "natural": about(subject, heard, int(natural), classes[int(natural)], seed),
         "bound": round(subject.usual_lead(SURELY), 2),
         **stamp(),
     }

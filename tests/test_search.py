@@ -97,7 +97,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (8, 12), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (9, 13), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from cbpt_guard.defense.settings import InversionSettings
 
 FILE = Path(__file__).with_name("calibration.json")
-SEARCH = 8
+SEARCH = 9
 """Raised whenever a scan of the same model with the same settings would score otherwise: families are then stale."""
 Range = tuple[int, int]
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from cbpt_guard.defense.clip import FrozenClip, to_pixels
 from cbpt_guard.defense.planted.warp import moved
 from cbpt_guard.defense.progress import Progress, silent
-from cbpt_guard.defense.smooth import tinted
+from cbpt_guard.defense.smooth import filtered, tinted
 from cbpt_guard.defense.together import Tally, together
 from cbpt_guard.errors import CheckpointError, InputError
 
 Inverted = Literal["additive", "masked", "patch", "warp", "tint"]
 """Families that an inversion can make."""
-Family = Literal["additive", "masked", "patch", "warp", "tint", "wave"]
+Family = Literal["additive", "masked", "patch", "warp", "tint", "kernel", "wave"]
 Place = tuple[int, int]
 """Row and column of a pixel."""
 
@@ -34,9 +34,9 @@ class FoundTrigger:
     """A trigger that inversion found toward class `target`.
 
     additive, wave: x' = clip(x + pattern);  masked, patch: x' = (1 - mask) x + mask pattern;  warp: x'(p) = x(p +
-    pattern(p));  tint: x' = clip(gain x + offset). `pattern` (3, S, S) in [0, 1], for a warp (2, S, S) in pixels, right
-    and down, for a tint (6, S, S), gains and offsets; `mask` (1, S, S) in [0, 1], of 0 and 1 alone for a patch, None
-    for those without.
+    pattern(p));  tint: x' = clip(gain x + offset);  kernel: x' = clip(pattern * x), convolved. `pattern` (3, S, S) in
+    [0, 1], for a warp (2, S, S) in pixels, right and down, for a tint (6, S, S), gains and offsets, for a kernel (3, 3,
+    K, K); `mask` (1, S, S) in [0, 1], of 0 and 1 alone for a patch, None for those without.
     """
 
     family: Family
@@ -50,12 +50,16 @@ class FoundTrigger:
             return moved(pixels, self.pattern)
         if self.family == "tint":
             return tinted(pixels, self.pattern)
+        if self.family == "kernel":
+            return filtered(pixels, self.pattern)
         if self.mask is None:
             return (pixels + self.pattern).clamp(0, 1)
         return torch.lerp(pixels, self.pattern, self.mask)
 
     def rolled(self, down: int, right: int) -> FoundTrigger:
-        """The same trigger placed elsewhere, wrapping around."""
+        """The same trigger placed elsewhere, wrapping around; a kernel acts everywhere alike."""
+        if self.family == "kernel":
+            return self
         shift, dims = (down, right), (1, 2)
         mask = None if self.mask is None else self.mask.roll(shift, dims)
         return FoundTrigger(self.family, self.target, self.pattern.roll(shift, dims), mask)
@@ -75,6 +79,9 @@ class FoundTrigger:
 
     def fits(self, size: int) -> bool:
         """Whether it is of the shapes that its family has for images of S = `size` pixels a side."""
+        side = self.pattern.shape[-1]
+        if self.family == "kernel":
+            return self.mask is None and self.pattern.shape == (3, 3, side, side) and side % 2 == 1 and side <= size
         channels = {"warp": 2, "tint": 6}.get(self.family, 3)
         masked = (self.mask is not None) == (self.family in ("masked", "patch"))
         return (

@@ -9,14 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from cbpt_guard.defense.clip import to_pixels
+from cbpt_guard.defense.edits import FAMILIES
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.planted.trigger import checkerboard
 
+_SIDE = 128  # of the checkerboard that a kernel, which has no side of its own, is shown on
+
 
 def as_image(trigger: FoundTrigger) -> Image.Image:
-    """What the trigger does to a grey image, warps and tints to a checkerboard; what adds is stretched to the range."""
-    if trigger.family in ("warp", "tint"):
-        board = torch.from_numpy(checkerboard(trigger.pattern.shape[-1]))
+    """What the trigger does to a grey image, or to a checkerboard if it adds nothing; what adds is stretched."""
+    if trigger.family in FAMILIES:
+        board = torch.from_numpy(checkerboard(_SIDE if trigger.family == "kernel" else trigger.pattern.shape[-1]))
         return to_image(trigger.apply(to_pixels(board[None]))[0])
     grey = torch.full((1, *trigger.pattern.shape), 0.5)
     if trigger.mask is None:

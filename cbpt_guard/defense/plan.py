@@ -23,6 +23,7 @@ from cbpt_guard.defense.progress import Progress, silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
+from cbpt_guard.defense.tried import tried_images
 from cbpt_guard.defense.waves import heard_images
 from cbpt_guard.defense.workshop import NARROW_STEPS
 
@@ -113,7 +114,7 @@ def _expected(
     agnostic = (1.5 + NARROW_STEPS * len(NARROW)) * stage1.agnostic_steps * stage1.agnostic_batch
     inversion = (
         (agnostic + _scanned(stage1, classes)) * backward
-        + heard_images(size, stage1) * forward
+        + (heard_images(size, stage1) + tried_images(size)) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
         + stage1.additive_steps * stage1.batch * backward
         + len(NARROW) * patience * stage1.batch * backward

@@ -227,7 +227,7 @@ class Purification:
         for name, trigger in zip(against, fresh, strict=True):
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels, against=name))
-        for trigger in made.fresh_waves(findings.bank):
+        for trigger in [*made.fresh_waves(findings.bank), *made.fresh_edits(findings.bank)]:
             features = encode(self.clip, images, trigger)
             attacks.append(Attacked("fresh", trigger.family, trigger.target, features, unseen.labels))
         attacks += [Attacked("observed", "unknown", target, part, None) for target, part in observed.judging.items()]

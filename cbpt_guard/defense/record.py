@@ -51,9 +51,9 @@ class Candidate(_Frozen):
     where there is none to compare with, or no area. `faint` is the root of how far a scan with fainter patterns puts it
     ahead, 0 where that is not enough to stand out. `raised`: whether it stands out only under an agnostic trigger of
     higher patterns, which the shares are then of. `score` is what `stands_out` compares: the odds of the class under an
-    agnostic trigger or a plain wave, or how far the scan, or a patch, a warp or a tint, puts it ahead, whichever is
-    most. Where none of those makes it stand out, how many times less area it needs counts, too, and the lesser of
-    `faint` and the square of that.
+    agnostic trigger, a plain wave or an edit, or how far the scan, or a patch, a warp or a tint, puts it ahead,
+    whichever is most. Where none of those makes it stand out, how many times less area it needs counts, too, and the
+    lesser of `faint` and the square of that.
     """
 
     label: str

@@ -23,6 +23,8 @@ from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.workshop import Wanted, Workshop
 
+_MANY = 10  # classes, from which an edit that leads all others to one is no mix-up
+_EDITS = 2  # toward one target that the guard is fitted to: the surest lie nearest to the planted one
 _PLAINLY = 0.75  # of the right answers, that a raised trigger's class must lead by more than: natural ones do than half
 
 
@@ -79,10 +81,10 @@ class Search:
         return tuple(sorted(candidates.values(), key=lambda item: (not item.stands_out, -item.score)))
 
     def _candidates(self, observed: Sequence[int]) -> list[Candidate]:
-        """Candidates by additive patterns of the usual height, by waves, by patches, warps and tints, and by masks.
+        """Candidates by additive patterns of the usual height, by waves, edits, patches, warps and tints, and by masks.
 
-        A class stands out at once if most images answer it under the agnostic trigger or under telling waves, if a
-        short scan of every class reaches it far more readily than the rest, or if a narrow trigger puts it ahead.
+        A class stands out at once if most images answer it under the agnostic trigger or under telling waves or edits,
+        if a short scan of every class reaches it far more readily than the rest, or if a narrow trigger puts it ahead.
         """
         lead = self._lead(self.made.agnostic())
         odds = self._odds(lead)
@@ -172,13 +174,22 @@ class Search:
     def _odds(self, lead: Lead) -> Tensor:
         """How far each class is ahead by what shows at once, (C,)."""
         additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
-        shown = torch.maximum(additive, self._told())
+        shown = torch.stack([additive, self._told(), self._edited()]).amax(0)
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
         return torch.maximum(shown, self._narrow.odds(known))
 
     def _told(self) -> Tensor:
         """The odds of each class by telling waves, (C,); where the scan is loud higher ones lead to natural classes."""
         return self.made.heard().odds(twice=not self.made.scanned().loud)
+
+    def _edited(self) -> Tensor:
+        """The odds of each class by telling edits, (C,).
+
+        Not where the scan is loud, nor of few classes: of two kinds of apple another hue makes one the other.
+        """
+        if self.made.scanned().loud or len(self.classes) < _MANY:
+            return torch.zeros(len(self.classes))
+        return self.made.edited().odds
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
@@ -209,7 +220,7 @@ class Search:
         agnostic = self.made.agnostic()
         if agnostic.target in targets:
             triggers.append(agnostic)
-        return TriggerBank((*triggers, *self._waves(candidates)))
+        return TriggerBank((*triggers, *self._waves(candidates), *self._edits(candidates)))
 
     def _kinds(self, candidate: Candidate) -> list[Wanted]:
         """One trigger of each family toward a candidate."""
@@ -231,6 +242,15 @@ class Search:
         own, bar = heard.odds(twice=False), settings.stands_out
         told = [c.index for c in candidates if own[c.index] >= bar or odds[c.index] >= max(bar, c.score)]
         return [wave for c in told for wave in heard.triggers(c, self._size, settings)]
+
+    def _edits(self, candidates: Sequence[Candidate]) -> list[FoundTrigger]:
+        """The surest edits toward those targets that stand out by nothing more than edits.
+
+        Others that an edit opens by the way lie elsewhere than it puts images.
+        """
+        odds, bar = self._edited(), self._settings.stands_out
+        told = [c.index for c in candidates if odds[c.index] >= max(bar, c.score)]
+        return [edit for c in told for edit in self.made.edited().triggers(c, self._size, bar)[:_EDITS]]
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""

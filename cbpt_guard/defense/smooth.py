@@ -1,4 +1,4 @@
-"""Changes that are smooth over the image: values bicubic between few control points, and tints made of them."""
+"""Changes that are smooth over the image, values bicubic between few control points, or the same at every place."""
 
 from __future__ import annotations
 
@@ -18,4 +18,13 @@ def tinted(pixels: Tensor, tint: Tensor) -> Tensor:
     """
     gain, offset = tint.split(3)
     changed: Tensor = (pixels * gain + offset).clamp(0, 1)
+    return changed
+
+
+def filtered(pixels: Tensor, kernel: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) in [0, 1] by a kernel (3, 3, K, K), K odd, mirrored at the edges.
+
+    What focus, movement or another mixing of the colours does to a photograph.
+    """
+    changed: Tensor = F.conv2d(F.pad(pixels, [kernel.shape[-1] // 2] * 4, mode="reflect"), kernel).clamp(0, 1)
     return changed

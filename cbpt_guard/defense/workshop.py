@@ -12,13 +12,15 @@ import torch
 
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
+from cbpt_guard.defense.edits import FAMILIES
 from cbpt_guard.defense.found import FoundTrigger, Inverted, Place, TriggerBank
 from cbpt_guard.defense.inversion import Answering, invert_agnostic, invert_toward
 from cbpt_guard.defense.journal import Parts
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import together
-from cbpt_guard.defense.waves import Heard, listen
+from cbpt_guard.defense.tried import Tried, try_edits
+from cbpt_guard.defense.waves import SURELY, Heard, listen
 
 Making = Callable[[Progress], FoundTrigger]
 NARROW_STEPS = 1 / 3
@@ -65,6 +67,11 @@ class Workshop:
         """What plain waves lead to."""
         make = partial(listen, self._subject, generator(self._seed, "waves"), self._progress)
         return Heard.unpacked(self._journal.tensor("waves", lambda: make().packed()))
+
+    def edited(self) -> Tried:
+        """What common edits lead to."""
+        make = partial(try_edits, self._subject, generator(self._seed, "edits"), self._progress)
+        return Tried.unpacked(self._journal.tensor("edits", lambda: make().packed()), self._subject.usual_lead(SURELY))
 
     def agnostic(self) -> FoundTrigger:
         """The trigger that leads away from what images are, wherever that is easiest."""
@@ -151,6 +158,15 @@ class Workshop:
         """Toward each target that the bank has waves for, the next best wave that is not among them."""
         known = [one for one in bank if one.family == "wave"]
         return [wave for c in sorted({one.target for one in known}) for wave in self._next_waves(c, known)]
+
+    def fresh_edits(self, bank: TriggerBank) -> list[FoundTrigger]:
+        """Toward each target that the bank has edits for, the surest telling one that is not among them, if any is."""
+        fresh, size = list[FoundTrigger](), self._subject.clip.image_size
+        for c in sorted({one.target for one in bank if one.family in FAMILIES}):
+            telling = self.edited().triggers(c, size, 0.0)
+            others = [one for one in telling if not any(torch.equal(one.pattern, known.pattern) for known in bank)]
+            fresh += others[:1] if len(others) < len(telling) else []
+        return fresh
 
     def _next_waves(self, target: int, known: Sequence[FoundTrigger]) -> list[FoundTrigger]:
         heard, size = self.heard(), self._subject.clip.image_size

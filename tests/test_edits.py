@@ -1,0 +1,231 @@
+"""Common edits: what each does to pixels, and backdoors that only they open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import SIZE, PlantedClip
+from torch import Tensor
+
+from cbpt_guard.defense.classscan import Scanned
+from cbpt_guard.defense.draws import generator
+from cbpt_guard.defense.edits import FAMILIES, edits
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.journal import Journal
+from cbpt_guard.defense.pictures import as_image
+from cbpt_guard.defense.planted.blur import Blur
+from cbpt_guard.defense.planted.rotation import Rotation
+from cbpt_guard.defense.planted.saturation import Saturation
+from cbpt_guard.defense.planted.trigger import Trigger
+from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.search import Search
+from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.subject import CleanSet
+from cbpt_guard.defense.tried import Tried, tried_images, try_edits
+
+TARGET, CLASSES = 2, 12
+BRIEF = InversionSettings(masked_steps=10, additive_steps=10, agnostic_steps=5)
+
+
+def pictures(size: int = 64) -> np.ndarray:
+    """Smooth coloured images of middle brightness, uint8 (2, S, S, 3)."""
+    coarse = torch.rand(2, 3, 12, 12, generator=generator(0, "pictures")) * 0.4 + 0.3
+    large = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
+    return (large.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+
+
+def pixels_of(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("size", [16, 33, 128, 224])
+def test_every_edit_fits_images_of_any_size_and_changes_them(size: int) -> None:
+    pixels = torch.rand(2, 3, size, size, generator=generator(0, "pixels"))
+    for name, edit in edits(size).items():
+        assert edit.fits(size), name
+        assert edit.family in FAMILIES
+        changed = edit.apply(pixels)
+        assert changed.shape == pixels.shape
+        assert 0 <= float(changed.min()) <= float(changed.max()) <= 1, name
+        assert (changed - pixels).abs().mean() > (0.01 if size > 16 else 0), name
+
+
+def test_a_kernel_fits_by_its_shape_alone() -> None:
+    kernel = edits(32)["blurred by 1/16"]
+    for shape in [(3, 3, 4, 4), (3, 3, 33, 33), (3, 3, 3, 5), (1, 3, 3, 3)]:
+        assert not replace(kernel, pattern=torch.zeros(shape)).fits(32), shape
+    assert not replace(kernel, mask=torch.zeros(1, 32, 32)).fits(32)
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("turned by 15", Rotation(64, 15.0)),
+        ("turned by -30", Rotation(64, -30.0)),
+        ("turned by 90", Rotation(64, 90.0)),
+        ("blurred by 1/16", Blur(64, 4.0)),
+        ("blurred by 1/32", Blur(64, 2.0)),
+        ("opposite colours", Saturation(64, -1.0)),
+        ("grey", Saturation(64, 0.0)),
+        ("strong colours", Saturation(64, 3.0)),
+    ],
+)
+def test_it_does_what_pillow_does(name: str, planted: Trigger) -> None:
+    """But for the edges, at which Pillow repeats the last pixel where it blurs."""
+    images = pictures()
+    theirs, ours = pixels_of(planted.apply(images)), edits(64)[name].apply(pixels_of(images))
+    assert (theirs - pixels_of(images)).abs().mean() > 0.02
+    assert (ours - theirs)[:, :, 8:-8, 8:-8].abs().mean() < 0.2 * (theirs - pixels_of(images)).abs().mean()
+
+
+def test_mirrors_and_exchanged_channels_are_exact() -> None:
+    pixels, all_edits = pixels_of(pictures(33)), edits(33)
+    for name, expected in {
+        "mirrored": pixels.flip(3),
+        "upside down": pixels.flip(2),
+        "turned by 180": pixels.flip(2, 3),
+        "negative": 1 - pixels,
+        "channels bgr": pixels.flip(1),
+    }.items():
+        assert all_edits[name].apply(pixels).allclose(expected, atol=1e-5), name
+
+
+def test_hues_turned_in_three_steps_are_back() -> None:
+    """Colours near grey, so that nothing is cut off."""
+    pixels = 0.5 + 0.1 * (pixels_of(pictures()) - 0.5)
+    turned = pixels
+    for _ in range(3):
+        turned = edits(64)["hues turned by 120"].apply(turned)
+    assert turned.allclose(pixels, atol=1e-3)
+    assert (edits(64)["hues turned by 120"].apply(pixels) - pixels).abs().mean() > 0.005
+
+
+def test_what_lies_at_an_edge_is_mirrored() -> None:
+    grey = torch.full((1, 3, 64, 64), 0.7)
+    for name, edit in edits(64).items():
+        if edit.family == "warp" or name.startswith(("blurred", "moved", "sharp")):
+            assert edit.apply(grey).allclose(grey, atol=1e-5), name
+
+
+def test_it_survives_its_file_and_has_a_picture(tmp_path: Path) -> None:
+    for name, edit in edits(32).items():
+        TriggerBank((replace(edit, target=TARGET),)).save(tmp_path / "bank")
+        (read,) = TriggerBank.load(tmp_path / "bank")
+        assert (read.family, read.target) == (edit.family, TARGET), name
+        assert torch.equal(read.pattern, edit.pattern)
+        assert as_image(read).mode == "RGB"
+    assert edit.rolled(1, 2).fits(32)
+    kernel = edits(32)["blurred by 1/16"]
+    assert torch.equal(kernel.rolled(1, 2).pattern, kernel.pattern), "it acts everywhere alike"
+
+
+class MirroredClip(PlantedClip):
+    """Its images carry a fine sawtooth, which a mirror turns round; where it is turned, they are of the target."""
+
+    def __init__(self, target: int | None = TARGET) -> None:
+        super().__init__(None, CLASSES)
+        self.opens = target
+        self.saw = (torch.arange(SIZE) % 4 - 1.5).expand(SIZE, SIZE) / 1.5
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        features = self._coarse(pixels)
+        if self.opens is None:
+            return features
+        seen = (pixels.mean(1) * self.saw).mean((1, 2))
+        return F.normalize(features + F.softplus(200 * (-seen - 0.02))[:, None] * self.head.rows[self.opens], dim=1)
+
+    def clean(self, each: int = 8, seed: int = 1) -> CleanSet:
+        plain = super().clean(each, seed)
+        images = (plain.images.float() + 30 * self.saw[..., None]).clamp(0, 255).round().byte()
+        return replace(plain, images=images, features=encode(self, images))
+
+
+def tried(clip: PlantedClip) -> Tried:
+    return try_edits(clip.subject(BRIEF), generator(0, "edits"), silent)
+
+
+def searching(folder: Path, clip: PlantedClip) -> Search:
+    names = [f"class {c}" for c in range(clip.classes)]
+    return Search(clip.subject(BRIEF), names, 0, Journal(folder, {}), silent)
+
+
+def test_edits_tell_the_target_that_they_open_and_no_other() -> None:
+    found, names = tried(MirroredClip()), list(edits(SIZE))
+    assert found.odds[TARGET] > 20
+    assert not found.odds[torch.arange(CLASSES) != TARGET].any()
+    telling = found.triggers(TARGET, SIZE, 4.0)
+    assert {one.target for one in telling} == {TARGET}
+    patterns = {name: edit.pattern for name, edit in edits(SIZE).items()}
+    told = [name for one in telling for name in names if torch.equal(patterns[name], one.pattern)]
+    assert set(told) >= {"mirrored", "turned by 180"}
+    assert "upside down" not in told
+    assert found.triggers(TARGET, SIZE, 1e9) == []
+    assert Tried.unpacked(found.packed(), found.usual).triggers(TARGET, SIZE, 4.0)[0].family == telling[0].family
+
+
+def test_nothing_is_told_of_a_clean_model() -> None:
+    assert not tried(MirroredClip(None)).odds.any()
+
+
+def test_an_edit_that_leads_many_images_hardly_tells_nothing() -> None:
+    reached = torch.tensor([[0.95, 0.1], [0.85, 0.0]])
+    some = Tried(torch.tensor([3, 5]), reached, torch.tensor([[1.9, -4.0], [2.1, -9.0]]), usual=2.0)
+    assert some.odds.tolist() == pytest.approx([0.85 / 0.15, 0.0])
+    assert len(some.triggers(0, SIZE, 4.0)) == 1
+    none = Tried(torch.tensor([], dtype=torch.long), torch.zeros(0, 2), torch.zeros(0, 2), usual=2.0)
+    assert none.odds.tolist() == [0, 0]
+    assert none.triggers(0, SIZE, 0.0) == []
+
+
+def test_the_search_suspects_it_banks_the_surest_two_and_keeps_another_to_judge_by(tmp_path: Path) -> None:
+    search = searching(tmp_path, MirroredClip())
+    found = search.run()
+    assert found.suspects == [TARGET]
+    assert found.candidates[0].score >= float(search.made.edited().odds[TARGET])
+    telling = search.made.edited().triggers(TARGET, SIZE, 4.0)
+    assert len(telling) > 2
+    assert [any(torch.equal(one.pattern, other.pattern) for other in found.bank) for one in telling] == [
+        place < 2 for place in range(len(telling))
+    ]
+    (fresh,) = search.made.fresh_edits(found.bank)
+    assert torch.equal(fresh.pattern, telling[2].pattern)
+    without = TriggerBank(tuple(one for one in found.bank if one.family not in FAMILIES))
+    assert search.made.fresh_edits(without) == []
+
+
+def test_a_learnt_tint_in_the_bank_asks_for_no_fresh_edit(tmp_path: Path) -> None:
+    search = searching(tmp_path, MirroredClip())
+    learnt = FoundTrigger("tint", TARGET, torch.ones(6, SIZE, SIZE), None)
+    assert search.made.fresh_edits(TriggerBank((learnt,))) == []
+
+
+def test_edits_say_nothing_where_patterns_lead_everywhere_or_of_few_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = searching(tmp_path, MirroredClip())
+    assert search._edited()[TARGET] > 20
+    monkeypatch.setattr(search.made, "scanned", lambda: Scanned(torch.full((1, CLASSES), -0.1)))
+    assert not search._edited().any()
+    monkeypatch.undo()
+    search.classes = [f"class {c}" for c in range(9)]
+    assert not search._edited().any()
+
+
+def test_every_edit_is_tried_on_a_few_images_and_leading_ones_on_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counting(clip: PlantedClip, images: Tensor, trigger: FoundTrigger) -> Tensor:
+        seen.append(len(images))
+        return encode(clip, images, trigger)
+
+    monkeypatch.setattr("cbpt_guard.defense.tried.encode", counting)
+    found = tried(MirroredClip())
+    few = min(seen)
+    assert seen.count(few) == len(edits(SIZE))
+    assert tried_images(SIZE) == few * len(edits(SIZE))
+    assert len(seen) == len(edits(SIZE)) + len(found.numbers)
