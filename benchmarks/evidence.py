@@ -58,8 +58,10 @@ SEEN = {
         "filter",
         "two",
         "full-stripes",
+        "blur",
+        "opposite-colours",
     ),
-    "looked at": ("stripe-patch", "watermark"),
+    "looked at": ("stripe-patch", "watermark", "rotation"),
 }
 """What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold,
 its rule for few images or what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh

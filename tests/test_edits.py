@@ -198,6 +198,14 @@ def test_the_search_suspects_it_banks_the_surest_two_and_keeps_another_to_judge_
     assert search.made.fresh_edits(without) == []
 
 
+def test_edits_are_not_in_the_bank_of_a_target_that_something_tells_better(tmp_path: Path) -> None:
+    search = searching(tmp_path, MirroredClip())
+    (told,) = search.look()
+    assert len(search._edits([told])) == 2
+    assert search._edits([told.model_copy(update={"score": 2 * told.score})]) == []
+    assert search._edits([told.model_copy(update={"index": TARGET + 1, "score": 0.0})]) == []
+
+
 def test_a_learnt_tint_in_the_bank_asks_for_no_fresh_edit(tmp_path: Path) -> None:
     search = searching(tmp_path, MirroredClip())
     learnt = FoundTrigger("tint", TARGET, torch.ones(6, SIZE, SIZE), None)

@@ -530,11 +530,12 @@ def test_a_run_with_a_missing_or_broken_file_is_refused(
 def test_a_bank_of_every_family_is_exported_and_one_of_other_shapes_refused(
     own_run: Path, tmp_path: Path, quick: Callable[..., Path]
 ) -> None:
-    """Beside the run's own: a wave, a warp and a tint that change next to nothing, so that the gate stays content."""
+    """Beside the run's own: a wave, a warp, a tint and a kernel that change next to nothing, so that the gate stays content."""
     path, size = own_run / "triggers.safetensors", 32
     own = TriggerBank.load(path).triggers
     still = torch.cat([torch.ones(3, size, size), torch.zeros(3, size, size)])
-    patterns: dict[Family, torch.Tensor] = {"wave": still[3:], "warp": still[4:], "tint": still}
+    same = torch.eye(3)[..., None, None]
+    patterns: dict[Family, torch.Tensor] = {"wave": still[3:], "warp": still[4:], "tint": still, "kernel": same}
     bank = (*own, *(FoundTrigger(family, own[0].target, pattern.clone(), None) for family, pattern in patterns.items()))
     TriggerBank(bank).save(path)
     quick(own_run, tmp_path / "bundle")
