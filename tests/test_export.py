@@ -530,7 +530,7 @@ def test_a_run_with_a_missing_or_broken_file_is_refused(
 def test_a_bank_of_every_family_is_exported_and_one_of_other_shapes_refused(
     own_run: Path, tmp_path: Path, quick: Callable[..., Path]
 ) -> None:
-    """Beside the run's own: a wave, a warp, a tint and a kernel that change next to nothing, so that the gate stays content."""
+    """Beside the run's own: one of each other family that changes next to nothing, so that the gate stays content."""
     path, size = own_run / "triggers.safetensors", 32
     own = TriggerBank.load(path).triggers
     still = torch.cat([torch.ones(3, size, size), torch.zeros(3, size, size)])
