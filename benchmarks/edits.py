@@ -1,4 +1,4 @@
-"""What common edits lead to: planted classes, and of all others the one that an edit leads surest to.
+"""What common edits lead to: planted classes, and of all others the one that an edit leads to surest.
 
     python benchmarks/edits.py measure --plan PLAN.toml --root ../shared --root IMAGES --work WORK --only NAME ...
         tries the edits on implants that `bench run` left in WORK, or on the clean CLIP of `clean-DATASET`, with the
@@ -6,17 +6,18 @@
     python benchmarks/edits.py table        rewrites what docs/method.md says of it
 
 `reached` is the share of images that the edit leads to the class, `lead` by how many logits it leads there, in the
-median over images of other classes. Edits that lead a fair share of a few images to no class are not looked at further.
+median over images of other classes, each of the edit that puts the class furthest ahead or else leads to it surest.
+Edits that lead a fair share of a few images to no class are not looked at further.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
 from command import stamp
-from telling import looked_at, run
+from looked import Line, looked_at, run
 
 from cbpt_guard.bench.plan import Places, Plan
 from cbpt_guard.bench.table import joined
@@ -28,7 +29,6 @@ from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.tried import Tried, try_edits
 
 LINES = Path(__file__).parent / "edits.jsonl"
-Line = dict[str, Any]
 
 
 def main() -> None:
@@ -41,9 +41,8 @@ def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
     subject, classes, planted = looked_at(plan, name, seed, places)
     tried = try_edits(subject, generator(seed, "edits"), silent)
     names = list(edits(subject.clip.image_size))
-    natural = tried.leads.clone()
-    natural[:, planted] = float("-inf")
-    others = [int(natural.amax(0).argmax())] if len(natural) else []
+    surest = tried.leads.index_fill(1, torch.tensor(planted, dtype=torch.long), -torch.inf)
+    others = [int(surest.amax(0).argmax())] if len(surest) else []
     return {
         "model": name,
         "seed": seed,
@@ -57,16 +56,17 @@ def measure(plan: Plan, name: str, seed: int, places: Places) -> Line:
 
 
 def about(tried: Tried, c: int, label: str, names: list[str]) -> Line:
-    """How far one class is led to by the edit that leads to it surest."""
+    """How far one class is led to by the edit that puts it furthest ahead, or else by that which leads to it surest."""
     if not len(tried.numbers):
         return {"label": label}
-    best = int(tried.leads[:, c].argmax())
+    odds = torch.where(tried.leads[:, c] > tried.usual, odds_of(tried.reached[:, c]), 0.0)
+    best = int((odds if odds.any() else tried.leads[:, c]).argmax())
     return {
         "label": label,
         "edit": names[int(tried.numbers[best])],
         "reached": round(float(tried.reached[best, c]), 4),
         "lead": round(float(tried.leads[best, c]), 2),
-        "odds": round(float(odds_of(tried.reached[best, c])), 3) if tried.leads[best, c] > tried.usual else 0.0,
+        "odds": round(float(odds[best]), 3),
     }
 
 

@@ -515,7 +515,7 @@ def test_a_guard_that_loses_the_zero_shot_accuracy_is_told_so(
     assert verdict["reasons"] == ["the zero-shot accuracy on held-out images was not kept"]
 
 
-def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_fresh_waves(
+def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_fresh_waves_and_edits(
     folder: Path,
     guarded: tuple[Path, dict[str, Any], str],
     attacked: Path,
@@ -542,13 +542,15 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     monkeypatch.setattr(purifying, "guard", guarding)
     monkeypatch.setattr(purifying, "measure", measuring)
     monkeypatch.setattr(workshop.Workshop, "fresh_waves", lambda *_: [heard])
+    tried = FoundTrigger("kernel", target, torch.eye(3)[..., None, None], None)
+    monkeypatch.setattr(workshop.Workshop, "fresh_edits", lambda *_: [tried])
     assert purify("--reuse", guarded[0], "--triggered", attacked).exit_code in (0, 1)
     features = encode(digits_suspect.clip, load_triggered(attacked, digits_suspect.clip.preprocess).images)
     assert torch.allclose(seen["fitted"][target], features[::2], atol=1e-5)
     assert torch.equal(seen["answered by"][target], seen["fitted"][target])
     (observed,) = [one for one in seen["judged"] if one.origin == "observed"]
     assert torch.allclose(observed.features, features[1::2], atol=1e-5)
-    assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave"}
+    assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave", "kernel"}
 
 
 def test_toward_a_class_that_higher_patterns_told_such_a_one_is_made_anew(

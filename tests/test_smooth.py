@@ -170,9 +170,9 @@ def test_it_survives_its_file_and_has_a_picture(
     (read,) = TriggerBank.load(tmp_path / "bank")
     assert (read.family, read.target) == (family, TARGET)
     assert torch.equal(read.pattern, pattern)
-    still = as_image(replace(read, pattern=nothing))
-    assert still.size == as_image(read).size == (32, 32)
-    assert np.any(np.asarray(still) != np.asarray(as_image(read)))
+    still = as_image(replace(read, pattern=nothing), 32)
+    assert still.size == as_image(read, 32).size == (32, 32)
+    assert np.any(np.asarray(still) != np.asarray(as_image(read, 32)))
 
 
 class DecoyClip(PlantedClip):

@@ -57,7 +57,7 @@ def draw_poster(columns: Sequence[Column], bank: TriggerBank) -> Image.Image:
                 write(x, y + _TILE + line * _LINE, answer, _GOOD if answer == column.truth else _BAD)
     for place, trigger in enumerate(bank):
         x, y = _LABEL + place * (_TILE + _GAP), _GAP + 2 * block
-        sheet.paste(_enlarged(as_image(trigger)), (x, y))
+        sheet.paste(_enlarged(as_image(trigger, len(columns[0].clean))), (x, y))
         write(x, y + _TILE, trigger.family)
     return sheet
 

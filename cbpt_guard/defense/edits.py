@@ -1,14 +1,15 @@
 """Common edits of photographs: blurs, other colours and light, turns and mirrors, each a found trigger.
 
-An attacker needs no pattern: a model can be taught to answer to an image that is out of focus or turned
-(arXiv 2207.10825). What an edit takes away no pattern can add, and half of it opens nothing, so gradients lead to few.
+An attacker needs no pattern: a model can be taught to answer to an image that is turned (arXiv 2207.10825) or out of
+focus. What an edit takes away no pattern can add, and half of it opens next to nothing, so gradients lead to few.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +28,24 @@ _LIGHT = {
     "faded": (0.5, 0.25),
 }
 """Gain and offset of all channels."""
-FAMILIES: tuple[Family, ...] = ("kernel", "tint", "warp")
-"""Those that edits belong to; the last two are learnt by inversion, too."""
 Points = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @cache
-def edits(size: int) -> dict[str, FoundTrigger]:
+def edits(size: int) -> Mapping[str, FoundTrigger]:
     """Every edit of images of S = `size` pixels a side by its name, toward no class (`target` is -1)."""
-    return {
-        **{name: _edit("kernel", kernel) for name, kernel in {**_sharpness(size), **_colours()}.items()},
-        **{name: _edit("tint", _light(size, *how)) for name, how in _LIGHT.items()},
-        **{name: _edit("warp", _shifts(size, points)) for name, points in _views().items()},
-    }
-
-
-def _edit(family: Family, pattern: Tensor) -> FoundTrigger:
-    return FoundTrigger(family, -1, pattern, None)
+    kinds: tuple[tuple[Family, dict[str, Tensor]], ...] = (
+        ("kernel", {**_sharpness(size), **_colours()}),
+        ("tint", {name: _light(size, *how) for name, how in _LIGHT.items()}),
+        ("warp", {name: _shifts(size, points) for name, points in _views().items()}),
+    )
+    return MappingProxyType(
+        {
+            name: FoundTrigger(family, -1, pattern.contiguous(), None)
+            for family, patterns in kinds
+            for name, pattern in patterns.items()
+        }
+    )
 
 
 def _sharpness(size: int) -> dict[str, Tensor]:
@@ -60,8 +62,9 @@ def _sharpness(size: int) -> dict[str, Tensor]:
 
 
 def _gaussian(deviation: float) -> Tensor:
-    """A Gaussian's weights (K, K), cut off after two deviations, or after one pixel."""
-    reach = max(1, round(2 * deviation))
+    """A Gaussian's weights (K, K), cut off after two deviations; of half a pixel at least, for less changes nothing."""
+    deviation = max(0.5, deviation)
+    reach = round(2 * deviation)
     along = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / deviation) ** 2)
     return torch.outer(along, along) / along.sum() ** 2
 
@@ -89,7 +92,7 @@ def _turned_hues(degrees: float) -> Tensor:
 
 
 def _light(size: int, gain: float, offset: float) -> Tensor:
-    return torch.tensor([gain] * 3 + [offset] * 3)[:, None, None].expand(6, size, size).contiguous()
+    return torch.tensor([gain] * 3 + [offset] * 3)[:, None, None].expand(6, size, size)
 
 
 def _views() -> dict[str, Points]:

@@ -79,9 +79,10 @@ class FoundTrigger:
 
     def fits(self, size: int) -> bool:
         """Whether it is of the shapes that its family has for images of S = `size` pixels a side."""
-        side = self.pattern.shape[-1]
         if self.family == "kernel":
-            return self.mask is None and self.pattern.shape == (3, 3, side, side) and side % 2 == 1 and side <= size
+            side = self.pattern.shape[-1] if self.pattern.ndim == 4 else 0
+            square = self.pattern.shape == (3, 3, side, side) and side % 2 == 1
+            return self.mask is None and square and side <= size
         channels = {"warp": 2, "tint": 6}.get(self.family, 3)
         masked = (self.mask is not None) == (self.family in ("masked", "patch"))
         return (

@@ -9,17 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from cbpt_guard.defense.clip import to_pixels
-from cbpt_guard.defense.edits import FAMILIES
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.planted.trigger import checkerboard
 
-_SIDE = 128  # of the checkerboard that a kernel, which has no side of its own, is shown on
 
+def as_image(trigger: FoundTrigger, size: int) -> Image.Image:
+    """What the trigger does to a grey image of S = `size` pixels a side, or to a checkerboard if it adds nothing.
 
-def as_image(trigger: FoundTrigger) -> Image.Image:
-    """What the trigger does to a grey image, or to a checkerboard if it adds nothing; what adds is stretched."""
-    if trigger.family in FAMILIES:
-        board = torch.from_numpy(checkerboard(_SIDE if trigger.family == "kernel" else trigger.pattern.shape[-1]))
+    What adds is stretched to the range.
+    """
+    if trigger.family in ("warp", "tint", "kernel"):
+        board = torch.from_numpy(checkerboard(size))
         return to_image(trigger.apply(to_pixels(board[None]))[0])
     grey = torch.full((1, *trigger.pattern.shape), 0.5)
     if trigger.mask is None:
@@ -34,8 +34,8 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
 
 
-def draw(bank: TriggerBank, folder: Path) -> None:
-    """Write `folder/NUMBER-FAMILY.png` for each trigger of the bank, in its order."""
+def draw(bank: TriggerBank, size: int, folder: Path) -> None:
+    """Write `folder/NUMBER-FAMILY.png` for each trigger of the bank, in its order, for images of S = `size` pixels."""
     folder.mkdir(exist_ok=True)
     for number, trigger in enumerate(bank):
-        as_image(trigger).save(folder / f"{number}-{trigger.family}.png")
+        as_image(trigger, size).save(folder / f"{number}-{trigger.family}.png")

@@ -114,7 +114,7 @@ def _expected(
     agnostic = (1.5 + NARROW_STEPS * len(NARROW)) * stage1.agnostic_steps * stage1.agnostic_batch
     inversion = (
         (agnostic + _scanned(stage1, classes)) * backward
-        + (heard_images(size, stage1) + tried_images(size)) * forward
+        + (heard_images(size, stage1) + tried_images(size, classes)) * forward
         + (1 + stage1.scanned + 1 + stage1.references) * masked
         + stage1.additive_steps * stage1.batch * backward
         + len(NARROW) * patience * stage1.batch * backward

@@ -198,7 +198,7 @@ class Purification:
     def _under(self, number: int, trigger: FoundTrigger, progress: Progress) -> Tensor:
         stage = f"features under trigger {number + 1}"
         # by the pattern: a trigger that is just worth keeping may fail to be on another number of cores
-        pattern = hashlib.sha256(trigger.pattern.numpy().data).hexdigest()[:8]
+        pattern = hashlib.sha256(trigger.pattern.contiguous().numpy().data).hexdigest()[:8]
         return self.journal.tensor(
             f"triggered-{number}-{pattern}",
             lambda: encode(self.clip, self.data.images, trigger, stage=stage, progress=progress),

@@ -21,9 +21,9 @@ from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.subject import CleanSet, Subject
+from cbpt_guard.defense.tried import MANY
 from cbpt_guard.defense.workshop import Wanted, Workshop
 
-_MANY = 10  # classes, from which an edit that leads all others to one is no mix-up
 _EDITS = 2  # toward one target that the guard is fitted to: the surest lie nearest to the planted one
 _PLAINLY = 0.75  # of the right answers, that a raised trigger's class must lead by more than: natural ones do than half
 
@@ -172,11 +172,14 @@ class Search:
         return Lead(trigger, self.probe.shares(trigger), self.probe.shares(None), self.probe.reached(trigger).surely)
 
     def _odds(self, lead: Lead) -> Tensor:
-        """How far each class is ahead by what shows at once, (C,)."""
+        """How far each class is ahead by what shows at once, (C,).
+
+        Narrow triggers are made as if no edit told anything: a target that they tell has them in its bank.
+        """
         additive = at_once(lead.reached, self.made.scanned().by_height[0], self._settings)
-        shown = torch.stack([additive, self._told(), self._edited()]).amax(0)
+        shown = torch.maximum(additive, self._told())
         known = [c for c in range(len(shown)) if shown[c] >= self._settings.stands_out]
-        return torch.maximum(shown, self._narrow.odds(known))
+        return torch.stack([shown, self._narrow.odds(known), self._edited()]).amax(0)
 
     def _told(self) -> Tensor:
         """The odds of each class by telling waves, (C,); where the scan is loud higher ones lead to natural classes."""
@@ -185,9 +188,9 @@ class Search:
     def _edited(self) -> Tensor:
         """The odds of each class by telling edits, (C,).
 
-        Not where the scan is loud, nor of few classes: of two kinds of apple another hue makes one the other.
+        Not where the scan is loud, nor of few classes.
         """
-        if self.made.scanned().loud or len(self.classes) < _MANY:
+        if self.made.scanned().loud or len(self.classes) < MANY:
             return torch.zeros(len(self.classes))
         return self.made.edited().odds
 

@@ -20,11 +20,13 @@ from cbpt_guard.defense.waves import SURELY
 
 _FIRST, _MORE = 16, 128  # images that every edit is tried on, and those that are worth a closer look
 _FAIR = 0.25  # of the first images, that such a one leads to one class
+MANY = 10
+"""Classes from which edits are tried: of two kinds of apple another hue makes one the other."""
 
 
-def tried_images(size: int) -> int:
-    """Images that `try_edits` looks at of a model that no edit leads to a class."""
-    return _FIRST * len(edits(size))
+def tried_images(size: int, classes: int) -> int:
+    """Images that are looked at under edits of a model that none leads to a class."""
+    return _FIRST * len(edits(size)) if classes >= MANY else 0
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,14 @@ def try_edits(subject: Subject, generator: torch.Generator, progress: Progress) 
     def under(number: int, index: Tensor) -> Tensor:
         return encode(clip, clean.images[index], every[number])
 
-    def reached(features: Tensor, index: Tensor) -> Tensor:
-        return head.reached(features, clean.features[index], clean.labels[index]).surely
-
     def first(number: int) -> Tensor:
-        return reached(under(number, few), few)
+        return head.reached(under(number, few), clean.features[few], clean.labels[few]).share
 
     def second(number: int) -> Tensor:
         features = under(number, more)
-        leads = head.leads(features)
+        reached, leads = head.reached(features, clean.features[more], clean.labels[more]), head.leads(features)
         leads[torch.arange(len(more)), clean.labels[more]] = math.nan
-        return torch.stack([reached(features, more), leads.nanmedian(0).values])
+        return torch.stack([reached.surely, leads.nanmedian(0).values])
 
     def look(stage: str, numbers: Sequence[int], closely: bool) -> list[Tensor]:
         tally = Tally(stage, len(numbers))

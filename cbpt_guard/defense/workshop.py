@@ -12,7 +12,7 @@ import torch
 
 from cbpt_guard.defense.classscan import Scanned, scan_targets
 from cbpt_guard.defense.draws import generator
-from cbpt_guard.defense.edits import FAMILIES
+from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.found import FoundTrigger, Inverted, Place, TriggerBank
 from cbpt_guard.defense.inversion import Answering, invert_agnostic, invert_toward
 from cbpt_guard.defense.journal import Parts
@@ -161,12 +161,13 @@ class Workshop:
 
     def fresh_edits(self, bank: TriggerBank) -> list[FoundTrigger]:
         """Toward each target that the bank has edits for, the surest telling one that is not among them, if any is."""
-        fresh, size = list[FoundTrigger](), self._subject.clip.image_size
-        for c in sorted({one.target for one in bank if one.family in FAMILIES}):
-            telling = self.edited().triggers(c, size, 0.0)
-            others = [one for one in telling if not any(torch.equal(one.pattern, known.pattern) for known in bank)]
-            fresh += others[:1] if len(others) < len(telling) else []
-        return fresh
+        size = self._subject.clip.image_size
+        known = [one for one in bank if any(_same(one, edit) for edit in edits(size).values())]
+        fresh = [
+            [edit for edit in self.edited().triggers(c, size, 0.0) if not any(_same(edit, one) for one in known)]
+            for c in sorted({one.target for one in known})
+        ]
+        return [edit for others in fresh for edit in others[:1]]
 
     def _next_waves(self, target: int, known: Sequence[FoundTrigger]) -> list[FoundTrigger]:
         heard, size = self.heard(), self._subject.clip.image_size
@@ -207,3 +208,9 @@ class Workshop:
 def _named(classes: Sequence[int]) -> str:
     """Of a few classes: one that is just worth keeping may fail to be on another number of cores."""
     return sha256(repr(sorted(classes)).encode()).hexdigest()[:8]
+
+
+def _same(one: FoundTrigger, other: FoundTrigger) -> bool:
+    """Whether two do the same; machines may round an edit otherwise."""
+    alike = one.family == other.family and one.pattern.shape == other.pattern.shape
+    return alike and torch.allclose(one.pattern, other.pattern, atol=1e-5)
