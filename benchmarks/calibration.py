@@ -37,7 +37,7 @@ from cbpt_guard.bench.digits import (
 from cbpt_guard.bench.implant import implant_all
 from cbpt_guard.bench.poisoning import fine_tune
 from cbpt_guard.cli.machine import prepare_torch
-from cbpt_guard.defense.calibration import FILE, SEARCH, Calibration, Family
+from cbpt_guard.defense.calibration import FILE, SEARCH, Calibration, Family, scoring
 from cbpt_guard.defense.clip import FrozenClip
 from cbpt_guard.defense.data import LabelledImages, list_images, load_images
 from cbpt_guard.defense.job import Job
@@ -180,7 +180,8 @@ def lines() -> list[Line]:
     found = read(LINES)
     now = InversionSettings().model_dump(mode="json")
     for one in found:
-        if (one["search"], one["settings"]) != (SEARCH, now):
+        classes = one["classes"]
+        if (scoring(one["search"], classes), one["settings"]) != (scoring(SEARCH, classes), now):
             sys.exit(f"{LINES.name}: {one['name']} was scanned otherwise than today; take its line out")
     place = {(model.family, model.name): number for number, model in enumerate(models())}
     return sorted(found, key=lambda one: place[one["family"], one["name"]])

@@ -14,7 +14,7 @@ from quick_cbpt import SETTINGS, purified
 
 from cbpt_guard.cli import show
 from cbpt_guard.defense import scan as scanning
-from cbpt_guard.defense.calibration import SEARCH, Calibration, Family, Looked, calibration
+from cbpt_guard.defense.calibration import SEARCH, Calibration, Family, Looked, Standing, calibration
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.scan import ScanReport, scan
@@ -158,6 +158,26 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
         assert isinstance(found, str)
         assert words in found
     assert "no model" in str(Calibration().standing(1.0, looked))
+
+
+def test_what_a_search_added_for_many_classes_leaves_families_of_few_as_they_are() -> None:
+    def standing(family: int, scan: int, classes: int) -> Standing | str:
+        known = FAMILY.model_copy(update={"search": family, "classes": (classes, classes)})
+        looked = Looked(
+            search=scan,
+            config=FAMILY.config,
+            settings=FAMILY.settings,
+            template=FAMILY.template,
+            classes=classes,
+            images=(12, 13),
+        )
+        return Calibration(families=(known,)).standing(1.0, looked)
+
+    for family, scan in ((8, 9), (9, 8)):
+        assert isinstance(standing(family, scan, 19), Standing)
+        assert "another version of the search" in str(standing(family, scan, 20))
+    for family, scan in ((7, 8), (7, 9), (9, 10)):
+        assert "another version of the search" in str(standing(family, scan, 19))
 
 
 @pytest.mark.parametrize("option", ["--shared", "--images"])

@@ -11,12 +11,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cbpt_guard.defense.settings import InversionSettings
+from cbpt_guard.defense.settings import MANY, InversionSettings
 
 FILE = Path(__file__).with_name("calibration.json")
 SEARCH = 9
 """Raised whenever a scan of the same model with the same settings would score otherwise: families are then stale."""
 Range = tuple[int, int]
+
+
+def scoring(search: int, classes: int) -> int:
+    """The first version of the search that scores so many classes as version `search` does.
+
+    What 9 added, common edits, is tried with many classes alone.
+    """
+    return 8 if search == 9 and classes < MANY else search
 
 
 class _Frozen(BaseModel):
@@ -74,7 +82,7 @@ class Family(_Frozen):
         """Why `scan` is none like the family's; None where it is."""
         if scan.config != self.config:
             return "no model of this architecture was calibrated with"
-        if scan.search != self.search:
+        if scoring(scan.search, scan.classes) != scoring(self.search, scan.classes):
             return "the family was scanned by another version of the search"
         if (scan.settings, scan.template) != (self.settings, self.template):
             return "the family was scanned with other settings or another template"

@@ -20,8 +20,8 @@ from cbpt_guard.defense.odds import at_once, faintly, grown, odds_of, ranked
 from cbpt_guard.defense.probe import Probe
 from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
+from cbpt_guard.defense.settings import MANY
 from cbpt_guard.defense.subject import CleanSet, Subject
-from cbpt_guard.defense.tried import MANY
 from cbpt_guard.defense.workshop import Wanted, Workshop
 
 _EDITS = 2  # toward one target that the guard is fitted to: the surest lie nearest to the planted one

@@ -119,6 +119,8 @@ class VerdictSettings(_Frozen):
     false_alarms: Share = 0.01
 
 
+MANY = 20
+"""Classes from which common edits are tried: of two kinds of apple another hue makes one the other."""
 TEMPLATE = "a photo of a {}."
 """What a class name stands in, unless the user says otherwise."""
 

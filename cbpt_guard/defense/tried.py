@@ -14,14 +14,13 @@ from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.found import FoundTrigger, encode
 from cbpt_guard.defense.odds import odds_of
 from cbpt_guard.defense.progress import Progress
+from cbpt_guard.defense.settings import MANY
 from cbpt_guard.defense.subject import Subject
 from cbpt_guard.defense.together import Tally, together
 from cbpt_guard.defense.waves import SURELY
 
 _FIRST, _MORE = 16, 128  # images that every edit is tried on, and those that are worth a closer look
 _FAIR = 0.25  # of the first images, that such a one leads to one class
-MANY = 10
-"""Classes from which edits are tried: of two kinds of apple another hue makes one the other."""
 
 
 def tried_images(size: int, classes: int) -> int:
