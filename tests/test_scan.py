@@ -161,10 +161,10 @@ def test_what_is_outside_every_family_has_no_standing() -> None:
 
 
 def test_what_a_search_added_for_many_classes_leaves_families_of_few_as_they_are() -> None:
-    def standing(family: int, scan: int, classes: int) -> Standing | str:
+    def standing(family: int, later: int, classes: int) -> Standing | str:
         known = FAMILY.model_copy(update={"search": family, "classes": (classes, classes)})
         looked = Looked(
-            search=scan,
+            search=later,
             config=FAMILY.config,
             settings=FAMILY.settings,
             template=FAMILY.template,
@@ -173,11 +173,11 @@ def test_what_a_search_added_for_many_classes_leaves_families_of_few_as_they_are
         )
         return Calibration(families=(known,)).standing(1.0, looked)
 
-    for family, scan in ((8, 9), (9, 8)):
-        assert isinstance(standing(family, scan, 19), Standing)
-        assert "another version of the search" in str(standing(family, scan, 20))
-    for family, scan in ((7, 8), (7, 9), (9, 10)):
-        assert "another version of the search" in str(standing(family, scan, 19))
+    for family, later in ((8, 9), (9, 8)):
+        assert isinstance(standing(family, later, 19), Standing)
+        assert "another version of the search" in str(standing(family, later, 20))
+    for family, later in ((7, 8), (7, 9), (9, 10)):
+        assert "another version of the search" in str(standing(family, later, 19))
 
 
 @pytest.mark.parametrize("option", ["--shared", "--images"])
