@@ -17,6 +17,7 @@ from cbpt_guard.bench.families import FAMILIES
 from cbpt_guard.defense import openclip
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+METHOD = BENCHMARKS.parent / "docs" / "method.md"
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_what_the_choices_of_inversion_do(commands: tuple[ModuleType, ModuleType
 def test_what_waves_tell_is_shown_where_they_tell(commands: tuple[ModuleType, ModuleType]) -> None:
     import telling  # beside `commands`
 
-    assert between(telling.METHOD, "telling") == telling.told(telling.read(telling.LINES))
+    assert between(METHOD, "telling") == telling.told(lines(telling.LINES))
     assert telling.told([]) == "Not measured yet."
     planted = {"label": "cat", "reached": 0.75, "twice": 0.99, "telling": True, "lead": 7.0, "odds": 3.0, "both": 17.2}
     natural = planted | {"label": "dog", "telling": False, "lead": 2.0, "odds": 0.0, "both": 0.0}
@@ -222,3 +223,17 @@ def test_what_waves_tell_is_shown_where_they_tell(commands: tuple[ModuleType, Mo
     _, _, first, second = telling.told([line | {"bound": 9.0}, line]).splitlines()
     assert first == "| a | 1 | cat (planted) | 0.75 | 0.99 | 7.0 | 3.5 | 3.0 | 17.2 |"
     assert second == "| a | 1 | dog (natural) | 0.75 | 0.99 | 2.0 | 3.5 | - | - |"
+
+
+def test_the_table_of_what_edits_lead_to(commands: tuple[ModuleType, ModuleType]) -> None:
+    import edits  # beside `commands`
+
+    assert between(METHOD, "edits") == edits.told(lines(edits.LINES))
+    assert edits.told([]) == "Not measured yet."
+    planted = {"label": "cat", "edit": "grey", "reached": 0.9, "lead": 7.0, "odds": 9.0}
+    line = {"model": "badnet", "seed": 2, "bound": 3.6, "planted": [planted], "natural": [{"label": "dog"}]}
+    *_, first, second = edits.told([line | {"bound": 9.0}, line]).splitlines()
+    assert first == "| badnet | 2 | cat (planted) | grey | 0.90 | 7.0 | 3.6 | 9.0 |"
+    assert second == "| badnet | 2 | dog (natural) | none | - | - | 3.6 | - |"
+    (told,) = edits.told([line | {"planted": [], "natural": []}]).splitlines()[2:]
+    assert told == "| badnet | 2 | none | none | - | - | 3.6 | - |"
