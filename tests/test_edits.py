@@ -17,6 +17,7 @@ from cbpt_guard.defense.clip import to_pixels
 from cbpt_guard.defense.draws import generator
 from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
+from cbpt_guard.defense.head import Reached
 from cbpt_guard.defense.journal import Journal
 from cbpt_guard.defense.pictures import as_image
 from cbpt_guard.defense.planted.blur import Blur
@@ -26,7 +27,7 @@ from cbpt_guard.defense.planted.trigger import Trigger, checkerboard
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
-from cbpt_guard.defense.subject import CleanSet
+from cbpt_guard.defense.subject import CleanSet, Subject
 from cbpt_guard.defense.tried import Tried, tried_images, try_edits
 
 TARGET, CLASSES = 2, 24
@@ -309,3 +310,35 @@ def test_every_edit_is_tried_on_a_few_images_and_leading_ones_on_more(monkeypatc
     assert seen.count(few) == len(edits(SIZE))
     assert tried_images(SIZE, CLASSES) == few * len(edits(SIZE))
     assert len(seen) == len(edits(SIZE)) + len(found.numbers)
+
+
+def test_a_quarter_of_the_first_images_is_worth_a_look_and_a_class_s_own_images_tell_no_lead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Edit 0 leads four of sixteen images, edit 1 three. Three images of four are of class 0, and lead by far there."""
+    every = list(edits(SIZE).values())
+    labels = torch.tensor([0, 0, 0, 1]).repeat(64)
+    images = labels.byte()[:, None, None, None].expand(-1, SIZE, SIZE, 3)
+    clean = CleanSet(images, torch.zeros(256, 1), labels)
+
+    class Led:
+        rows = torch.zeros(2, 1)
+
+        def reached(self, features: Tensor, *_: Tensor) -> Reached:
+            led = {0: 4, 1: 3}.get(int(features[0, 0]), 0)
+            return Reached(torch.tensor([led, 0]), torch.tensor([16, 16]))
+
+        def leads(self, features: Tensor) -> Tensor:
+            return torch.stack([torch.where(features[:, 1] == 0, 9.0, -1.0), torch.full((len(features),), -2.0)], 1)
+
+    def numbered(clip: object, images: Tensor, trigger: FoundTrigger) -> Tensor:
+        number = next(k for k, edit in enumerate(every) if edit.pattern is trigger.pattern)
+        return torch.stack([torch.full((len(images),), float(number)), images[:, 0, 0, 0].float()], 1)
+
+    monkeypatch.setattr("cbpt_guard.defense.tried.encode", numbered)
+    subject = replace(PlantedClip(None).subject(BRIEF, clean), head=Led())
+    monkeypatch.setattr(Subject, "usual_lead", lambda *_: 2.0)
+    found = try_edits(subject, generator(0, "edits"), silent)
+    assert found.numbers.tolist() == [0]
+    assert found.leads.tolist() == [[-1.0, -2.0]]
+    assert found.reached.tolist() == [[pytest.approx(4 / 17), 0.0]]

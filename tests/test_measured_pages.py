@@ -232,7 +232,7 @@ def test_the_table_of_what_edits_lead_to(commands: tuple[ModuleType, ModuleType]
     assert edits.told([]) == "Not measured yet."
     planted = {"label": "cat", "edit": "grey", "reached": 0.9, "lead": 7.0, "odds": 9.0}
     line = {"model": "badnet", "seed": 2, "bound": 3.6, "planted": [planted], "natural": [{"label": "dog"}]}
-    *_, first, second = edits.told([line | {"bound": 9.0}, line]).splitlines()
+    _, _, first, second = edits.told([line | {"bound": 9.0}, line]).splitlines()
     assert first == "| badnet | 2 | cat (planted) | grey | 0.90 | 7.0 | 3.6 | 9.0 |"
     assert second == "| badnet | 2 | dog (natural) | none | - | - | 3.6 | - |"
     (told,) = edits.told([line | {"planted": [], "natural": []}]).splitlines()[2:]

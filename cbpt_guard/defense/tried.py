@@ -84,6 +84,7 @@ def try_edits(subject: Subject, generator: torch.Generator, progress: Progress) 
         return torch.stack([reached.surely, leads.nanmedian(0).values])
 
     def look(stage: str, numbers: Sequence[int], closely: bool) -> list[Tensor]:
+        """What each of the edits does to the few images, (C,), or to more, (2, C)."""
         tally = Tally(stage, len(numbers))
 
         def looked(number: int, report: Progress) -> Tensor:
