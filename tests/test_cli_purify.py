@@ -49,6 +49,7 @@ FILES = {
     "prompts.safetensors",
     "heads.safetensors",
     "triggers.safetensors",
+    "beside.safetensors",
     "run.json",
     "metrics.json",
     "pictures",

@@ -275,6 +275,27 @@ def test_edits_are_not_in_the_bank_of_a_target_that_something_tells_better(tmp_p
     assert search._edits([told.model_copy(update={"index": TARGET + 1, "score": 0.0})]) == []
 
 
+def test_edits_that_open_what_something_else_tells_are_kept_beside_the_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = searching(tmp_path, MirroredClip())
+    (told,) = search.look()
+    telling = search.made.edited().triggers(TARGET, SIZE, 0.0)
+    better, none = told.model_copy(update={"score": 2 * told.score}), TriggerBank(())
+    beside = search._beside([better])
+    assert [edit.target for edit in beside] == [TARGET] * len(telling)
+    assert all(torch.equal(one.pattern, other.pattern) for one, other in zip(beside, telling, strict=True))
+    assert search._beside([told]) == none, "of what edits tell some are in the bank, and another stays fresh"
+    assert search._beside([better.model_copy(update={"stands_out": False})]) == none
+    assert search._beside([better.model_copy(update={"index": TARGET + 1})]) == none
+    monkeypatch.setattr(search.made, "scanned", lambda: Scanned(torch.full((1, CLASSES), -0.1)))
+    assert search._beside([better]) == none, "none is tried where patterns lead everywhere"
+    monkeypatch.undo()
+    monkeypatch.setattr(search, "look", lambda _: (better,))
+    monkeypatch.setattr(search, "_with_areas", lambda candidates: candidates)
+    assert search.run().beside == beside
+
+
 def test_a_learnt_tint_in_the_bank_asks_for_no_fresh_edit(tmp_path: Path) -> None:
     search = searching(tmp_path, MirroredClip())
     learnt = FoundTrigger("tint", TARGET, torch.ones(6, SIZE, SIZE), None)

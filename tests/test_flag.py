@@ -257,3 +257,53 @@ def test_observed_attack_images_can_fit_alone() -> None:
     assert torch.isfinite(test.thresholds[TARGET])
     flagged = test.fires(attacked(200, seed=1), torch.full((200,), TARGET))
     assert flagged.float().mean() >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("tried", "lowest", "threshold"),
+    [(100, 0.3, 0.4), (149, 0.3, 0.4), (150, 0.3, 0.5), (99, 0.3, 0.35), (49, 0.3, 0.3), (49, 0.1, 0.2), (0, 0.3, 0.3)],
+)
+def test_a_threshold_is_lowered_until_few_images_lie_below_it(tried: int, lowest: float, threshold: float) -> None:
+    """Of 100 images two may, of 49 none; but it stays at what it may be lowered to."""
+    fit = Direction(torch.eye(E)[0], threshold=0.5, least=0.2, separation=9.0)
+    under = torch.eye(E)[0] * torch.tensor([0.9, 0.4, lowest, 0.35, 0.8])[:, None]
+    lowered = fit.above_few(under, tried)
+    assert lowered == pytest.approx(threshold, abs=1e-5)
+    assert int((under @ fit.direction <= torch.tensor(lowered)).sum()) <= max(int(0.02 * tried), lowest < 0.2)
+    assert fit.above_few(under[:0], tried) == 0.5
+
+
+@pytest.mark.parametrize("deviations", [1.0, 3.0])
+def test_the_threshold_may_be_lowered_to_half_of_its_deviations(deviations: float) -> None:
+    (clean, labels), found = images(12), attacked(60, shift=3.0)
+    fit, half = fitted(clean, labels, found, deviations), fitted(clean, labels, found, deviations / 2)
+    assert fit.least == pytest.approx(half.threshold, abs=1e-9)
+    fit = fitted(clean, labels, attacked(60, shift=0.25), 50.0)
+    assert fit.least == fit.threshold, "neither goes past the equally improbable point"
+
+
+@pytest.mark.parametrize("among", ["the bank", "what is beside it"])
+def test_a_trigger_that_the_test_would_miss_lowers_its_threshold_and_no_other(among: str) -> None:
+    """Of fifty images two are led to the target and lie where its own lie, so one too many."""
+    bank, data = bank_and_data([TARGET, 4])
+    original = Head(ROWS, 50.0)
+    usual = fit_test(data, bank, [TARGET, 4], original, {}, RuleSettings())
+    others = (data.labels != TARGET).nonzero()[:, 0]
+    near = data.triggered[0].clone()
+    near[others[:2]] = F.normalize(ROWS[TARGET] + 0.1 * AWAY, dim=0)
+    one_near = data.triggered[0].clone()
+    one_near[others[0]] = near[others[0]]
+    if among == "the bank":
+        moved = FeatureSet(data.clean, torch.stack([near, data.triggered[1]]), data.labels)
+        test = fit_test(moved, bank, [TARGET, 4], original, {}, RuleSettings())
+        fit = fit_direction(data.clean, data.labels, TARGET, ROWS[TARGET], near[others], 2.0)
+        assert fit.least <= test.thresholds[TARGET] < fit.threshold - 1e-3
+    else:
+        beside = [(TARGET, near), (5, near)]
+        test = fit_test(data, bank, [TARGET, 4], original, {}, RuleSettings(), beside)
+        assert torch.equal(test.directions, usual.directions), "none is fitted to it"
+        assert test.thresholds[TARGET] < usual.thresholds[TARGET] - 1e-3
+        same = fit_test(data, bank, [TARGET, 4], original, {}, RuleSettings(), [(TARGET, one_near)])
+        assert torch.equal(same.thresholds, usual.thresholds), "one of fifty may"
+    assert test.thresholds[4] == usual.thresholds[4]
+    assert test.thresholds[[0, 1, 3, 5]].isinf().all()

@@ -97,7 +97,7 @@ def test_the_search_is_the_one_that_was_calibrated(tmp_path: Path, found: Findin
 
     To a hundredth: processors round differently.
     """
-    assert (SEARCH, job._RECIPE) == (9, 13), "and now what is found with them, below"
+    assert (SEARCH, job._RECIPE) == (9, 14), "and now what is found with them, below"
     (planted,) = found.candidates
     assert (planted.area, planted.natural) == pytest.approx((0.02283, 0.31476), rel=0.01)
     scores = [candidate.score for candidate in search(tmp_path, PlantedClip(None)).look()]
@@ -477,13 +477,18 @@ class EarlierRun:
     def bank(self) -> TriggerBank:
         return self.findings.bank
 
+    def beside(self) -> TriggerBank:
+        return self.findings.beside
+
 
 def test_stored_triggers_are_read_for_another_class_list(tmp_path: Path, found: Findings) -> None:
     clip = PlantedClip(TARGET)
     order = [5, 2, 0, 1]
     subject = replace(clip.subject(SETTINGS), head=Head(clip.head.rows[order], 30.0))
     renamed = Search(subject, [f"new {c}" for c in order], 0, Journal(tmp_path, {}), steps.append)
-    adopted = adopt(EarlierRun(found), renamed, [])
+    beside = TriggerBank(tuple(replace(found.bank.triggers[0], target=target) for target in (TARGET, 4)))
+    adopted = adopt(EarlierRun(replace(found, beside=beside)), renamed, [])
+    assert [edit.target for edit in adopted.beside] == [1], "that toward 4 was found toward no suspect"
     assert adopted.suspects == [1]
     assert adopted.candidates[0].label == "new 2"
     assert adopted.candidates[0].score == found.candidates[0].score

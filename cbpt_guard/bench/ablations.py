@@ -102,7 +102,8 @@ def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     shots = Shots.of(task, settings.tuning.held_out)
     everything = FeatureSet(shot_features(task), triggered, shots.labels)
     data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
-    test = fit_test(data, bank, suspects, task.original, {}, settings.rule)
+    beside = [(target, under[shots.kept]) for target, under in _beside(task, run)]
+    test = fit_test(data, bank, suspects, task.original, {}, settings.rule, beside)
     untuned = GuardedHead(task.original, task.original, test, task.shots.classes, settings.rule.name)
     template = change.template or task.template
     names = list(task.shots.classes)
@@ -132,9 +133,21 @@ def _triggers(task: Task, change: Change, run: PurifyRun) -> tuple[TriggerBank, 
 
 def _under_found(task: Task, run: PurifyRun) -> Tensor:
     """Features (K, N, E) of the shots under every found trigger of the run, made once for all variants."""
-    name = f"found-{run.record.created.replace(':', '')}.npy"
+    return _under(task, run, "found", run.bank())
+
+
+def _beside(task: Task, run: PurifyRun) -> list[tuple[int, Tensor]]:
+    """The targets of what is beside the run's bank, with the shots' features (N, E) under it."""
+    beside = run.beside()
+    if not len(beside):
+        return []
+    return list(zip((edit.target for edit in beside), _under(task, run, "beside", beside), strict=True))
+
+
+def _under(task: Task, run: PurifyRun, name: str, bank: TriggerBank) -> Tensor:
+    file = f"{name}-{run.record.created.replace(':', '')}.npy"
     return made_once(
-        task, name, lambda: torch.stack([encode(task.clip, task.shots.images, trigger) for trigger in run.bank()])
+        task, file, lambda: torch.stack([encode(task.clip, task.shots.images, trigger) for trigger in bank])
     )
 
 

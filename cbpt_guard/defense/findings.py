@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.record import Candidate
@@ -11,10 +11,15 @@ from cbpt_guard.defense.record import Candidate
 
 @dataclass(frozen=True)
 class Findings:
-    """What stage 1 found: a bank of triggers, and the candidates, the likeliest first."""
+    """What stage 1 found: a bank of triggers, and the candidates, the likeliest first.
+
+    `beside` the bank are edits that lead to a suspect by the way: what was planted lies elsewhere than they put images,
+    so rows and directions are not fitted to them, but the guard has to stop them.
+    """
 
     bank: TriggerBank
     candidates: tuple[Candidate, ...]
+    beside: TriggerBank = field(default_factory=lambda: TriggerBank(()))
 
     @property
     def suspects(self) -> list[int]:

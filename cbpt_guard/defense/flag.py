@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,32 @@ from cbpt_guard.defense.tuning import FeatureSet
 _FEWEST_OWN = 8  # images of the target, below which their own standard deviation says too little (docs/notebook.md)
 _RIDGE = 1e-6
 _FEWEST = 2  # images answering the target under its found triggers, below which there is no direction to fit
+_MISSED = 0.02  # of the images under one trigger: where the test would miss more its threshold is lowered,
+_LOWERED = 0.5  # but to no less than so much of its deviations
+_ROUNDING = 1e-6  # of a cosine in float32
 
 
 @dataclass(frozen=True)
 class Direction:
     """A unit direction (E,), the threshold on the cosine with it, and how far apart it puts the two sides.
 
-    `separation` is the distance of the two means over the sum of their standard deviations.
+    `separation` is the distance of the two means over the sum of their standard deviations; `least` is how low the
+    threshold may be set.
     """
 
     direction: Tensor
     threshold: float
+    least: float
     separation: float
+
+    def above_few(self, features: Tensor, tried: int) -> float:
+        """The threshold, lowered until at most `_MISSED` of the images under one trigger lie below it, or to `least`.
+
+        `features` (K, E): those of `tried` images that it leads to the target.
+        """
+        scores, allowed = (features @ self.direction).sort().values, int(_MISSED * tried)
+        needed = float(scores[allowed]) - _ROUNDING if len(scores) > allowed else math.inf
+        return min(self.threshold, max(self.least, needed))
 
 
 def fit_direction(
@@ -72,8 +87,8 @@ def fit_direction(
     else:
         low_sd = (direction @ covariance @ direction).sqrt()
     separation = float((high - low) / (low_sd + high_sd))
-    threshold = float(low + min(deviations, separation) * low_sd)
-    return Direction(direction.float(), threshold, separation)
+    threshold, least = (float(low + min(times, separation) * low_sd) for times in (deviations, _LOWERED * deviations))
+    return Direction(direction.float(), threshold, least, separation)
 
 
 def _covariance(scatter: Tensor, spread: Tensor) -> Tensor:
@@ -127,27 +142,36 @@ def fit_test(
     original: Head,
     observed: Mapping[int, Tensor],
     settings: RuleSettings,
+    beside: Sequence[tuple[int, Tensor]] = (),
 ) -> TriggerTest:
     """One test for all suspected classes, out of the images tuned on.
 
     Args:
         data: clean features and those under each trigger of the bank, in its order.
         observed: features (K, E) of observed attack images for each target that they answer.
+        beside: targets of further triggers, and features (N, E) of all images under them: no direction is fitted to
+            them, but the threshold is lowered for them, too.
     """
     test = TriggerTest.none(*original.rows.shape)
     gap = (data.clean - original.rows[data.labels]).mean(0)  # images lie off their texts, all in one direction
     for target in suspects:
-        found = [
-            features[data.labels != target]
-            for trigger, features in zip(bank, data.triggered, strict=True)
-            if trigger.target == target
-        ]
-        attacked = torch.cat([*found, observed.get(target, data.clean[:0])])
-        answering = attacked[original.answers(attacked) == target]
+        others = data.labels != target
+        under = [(trigger.target, features) for trigger, features in zip(bank, data.triggered, strict=True)]
+        found, more = (
+            [_answering(target, features[others], original) for c, features in some if c == target]
+            for some in (under, beside)
+        )
+        seen = _answering(target, observed.get(target, data.clean[:0]), original)
+        answering = torch.cat([*found, seen])
         if len(answering) < _FEWEST:
             continue
         stand_in = original.rows[target] + gap
         fitted = fit_direction(data.clean, data.labels, target, stand_in, answering, settings.clean_deviations)
+        needed = [fitted.above_few(features, int(others.sum())) for features in (*found, *more)]
         test.directions[target] = fitted.direction
-        test.thresholds[target] = fitted.threshold
+        test.thresholds[target] = min([fitted.threshold, *needed])
     return test
+
+
+def _answering(target: int, features: Tensor, original: Head) -> Tensor:
+    return features[original.answers(features) == target]

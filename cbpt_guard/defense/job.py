@@ -18,7 +18,7 @@ from cbpt_guard.defense.suspect import ModelFlags, Suspect, check_device, open_s
 from cbpt_guard.errors import InputError
 from cbpt_guard.files import check_output, holds
 
-_RECIPE = 13  # raised whenever a part of an interrupted run would come out otherwise under the same settings
+_RECIPE = 14  # raised whenever a part of an interrupted run would come out otherwise under the same settings
 _TOOLS = ("torch", "open_clip_torch", "numpy", "pillow", "safetensors", "scikit-learn")
 
 

@@ -145,9 +145,13 @@ class Purification:
         findings = self._find(search, observed)
         self._lap("stage 1: inversion")
 
-        everything = FeatureSet(features, self._triggered(findings.bank), self.data.labels)
+        everything = FeatureSet(features, torch.stack(self._under_each(findings.bank)), self.data.labels)
+        beside = list(zip(findings.beside, self._under_each(findings.beside), strict=True))
         tuning_set, unseen_set = everything.part(kept), everything.part(unseen)
-        test = fit_test(tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule)
+        test = fit_test(
+            tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule,
+            [(trigger.target, under[kept]) for trigger, under in beside],
+        )  # fmt: skip
         warnings += self._untested(findings, test)
         self._lap("features under found triggers")
 
@@ -164,6 +168,9 @@ class Purification:
         self._lap("stage 2: prompts")
 
         attacks = self._attacks(search.made, findings, observed, head, unseen_set, self.data.images[unseen])
+        attacks += [
+            Attacked("found", edit.family, edit.target, under[unseen], unseen_set.labels) for edit, under in beside
+        ]
         metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
         verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
@@ -190,10 +197,10 @@ class Purification:
             for name in untested
         )
 
-    def _triggered(self, bank: TriggerBank) -> Tensor:
-        """Features of all images under each trigger, (K, N, E)."""
+    def _under_each(self, bank: TriggerBank) -> list[Tensor]:
+        """Features (N, E) of all images under each trigger."""
         works = [partial(self._under, k, trigger) for k, trigger in enumerate(bank)]
-        return torch.stack(together(works, self.progress, self.clip.device))
+        return together(works, self.progress, self.clip.device)
 
     def _under(self, number: int, trigger: FoundTrigger, progress: Progress) -> Tensor:
         stage = f"features under trigger {number + 1}"

@@ -55,6 +55,7 @@ def write_result(prepared: Prepared, outcome: Outcome, seconds: Mapping[str, flo
     save_contexts(folder / files.PROMPTS, outcome.epoch.contexts, prepared.job.template)
     outcome.head.save(folder / files.HEADS)
     outcome.findings.bank.save(folder / files.TRIGGERS)
+    outcome.findings.beside.save(folder / files.BESIDE)
     draw(outcome.findings.bank, prepared.suspect.clip.image_size, folder / files.PICTURES)
     write_text(folder / files.METRICS, outcome.metrics.model_dump_json(indent=1))
     write_text(folder / files.RECORD, _record(prepared, outcome, seconds).model_dump_json(indent=1))

@@ -55,5 +55,8 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
             f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
             "trigger; run without `--reuse`"
         )
-    triggers = tuple(replace(trigger, target=now[trigger.target]) for trigger in bank)
-    return Findings(TriggerBank(triggers), tuple(candidates.values()))
+    bank, beside = (
+        TriggerBank(tuple(replace(one, target=now[one.target]) for one in some if one.target in now))
+        for some in (bank, run.beside())
+    )
+    return Findings(bank, tuple(candidates.values()), beside)

@@ -26,6 +26,7 @@ SAMPLES: Final = "samples.npz"
 PROMPTS: Final = "prompts.safetensors"
 HEADS: Final = "heads.safetensors"
 TRIGGERS: Final = "triggers.safetensors"
+BESIDE: Final = "beside.safetensors"
 RECORD: Final = "run.json"
 METRICS: Final = "metrics.json"
 PICTURES: Final = "pictures"
@@ -62,6 +63,11 @@ class PurifyRun:
     def bank(self) -> TriggerBank:
         """The found triggers."""
         return TriggerBank.load(self.path / TRIGGERS)
+
+    def beside(self) -> TriggerBank:
+        """Telling edits that the bank lacks; none in a run of an earlier search."""
+        path = self.path / BESIDE
+        return TriggerBank.load(path) if path.exists() else TriggerBank(())
 
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """Held-out images uint8 (N, S, S, 3) and labels int64 (N,)."""

@@ -68,7 +68,7 @@ class Search:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
         candidates = self._with_areas(self.look(observed))
         targets = [item for item in candidates if item.stands_out] or candidates[:1]
-        return Findings(self._bank(targets), candidates)
+        return Findings(self._bank(targets), candidates, self._beside(targets))
 
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
         """Search for targets alone: the candidates, the likeliest first; without masks of those that stand out anyway.
@@ -186,13 +186,13 @@ class Search:
         return self.made.heard().odds(twice=not self.made.scanned().loud)
 
     def _edited(self) -> Tensor:
-        """The odds of each class by telling edits, (C,).
+        """The odds of each class by telling edits, (C,), where they are tried."""
+        return self.made.edited().odds if self._tries_edits else torch.zeros(len(self.classes))
 
-        Not where the scan is loud, nor of few classes.
-        """
-        if self.made.scanned().loud or len(self.classes) < MANY:
-            return torch.zeros(len(self.classes))
-        return self.made.edited().odds
+    @property
+    def _tries_edits(self) -> bool:
+        """Not where the scan is loud, nor of few classes: there an edit may make one class another."""
+        return not self.made.scanned().loud and len(self.classes) >= MANY
 
     def _faintly(self) -> Tensor:
         """The root of how far each class is ahead in a scan with fainter patterns, if it took them, (C,)."""
@@ -251,9 +251,20 @@ class Search:
 
         Others that an edit opens by the way lie elsewhere than it puts images.
         """
-        odds, bar = self._edited(), self._settings.stands_out
-        told = [c.index for c in candidates if odds[c.index] >= max(bar, c.score)]
+        told, bar = self._told_by_edits(candidates), self._settings.stands_out
         return [edit for c in told for edit in self.made.edited().triggers(c, self._size, bar)[:_EDITS]]
+
+    def _told_by_edits(self, candidates: Sequence[Candidate]) -> list[int]:
+        odds, bar = self._edited(), self._settings.stands_out
+        return [c.index for c in candidates if odds[c.index] >= max(bar, c.score)]
+
+    def _beside(self, candidates: Sequence[Candidate]) -> TriggerBank:
+        """Every telling edit toward suspects that something else tells; of the others' a verdict takes the next."""
+        if not self._tries_edits:
+            return TriggerBank(())
+        told, edited = self._told_by_edits(candidates), self.made.edited()
+        others = [c.index for c in candidates if c.stands_out and c.index not in told]
+        return TriggerBank(tuple(edit for c in others for edit in edited.triggers(c, self._size, least=0.0)))
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""
