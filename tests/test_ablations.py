@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import quick_cbpt
@@ -18,13 +19,16 @@ from cbpt_guard.bench.ablations import Change, SharedPrompts, ablated
 from cbpt_guard.bench.clock import Cost
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.purified import cbpt, cbpt_prompts
-from cbpt_guard.bench.rival import shot_features
+from cbpt_guard.bench.rival import Shots, shot_features
 from cbpt_guard.bench.settings import settings_of
 from cbpt_guard.bench.task import Defended, Task
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.draws import generator
-from cbpt_guard.defense.found import Family
+from cbpt_guard.defense.edits import edits
+from cbpt_guard.defense.flag import fit_test
+from cbpt_guard.defense.found import Family, TriggerBank, encode
+from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.tuning import FeatureSet, tune
 from cbpt_guard.errors import CheckError
 
@@ -65,6 +69,25 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
     assert wanted.triggered.any()
     assert torch.equal(found.triggered, wanted.triggered)
     assert found.logits.allclose(wanted.logits, atol=1e-2)
+
+
+def test_edits_beside_the_bank_lower_the_threshold_as_in_the_run(
+    unchanged: tuple[Defended, Defended], task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = replace(edits(task.clip.image_size)["upside down"], target=2)
+    given: list[Any] = []
+    monkeypatch.setattr("cbpt_guard.bench.ablations.fit_test", lambda *parts: given.append(parts) or fit_test(*parts))
+    ablated(task, Change(), SETTINGS)
+    monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
+    ablated(task, Change(), SETTINGS)
+    assert given[0][6] == []
+    ((target, under),) = given[1][6]
+    kept = Shots.of(task, SETTINGS.tuning.held_out).kept
+    assert target == edit.target
+    assert torch.allclose(under, encode(task.clip, task.shots.images[kept], edit), atol=1e-5)
+    (made,) = task.folder.glob("beside-*.npy")
+    for file in (made, *task.folder.glob("beside-*-cost.json")):
+        file.unlink()
 
 
 def test_features_under_the_found_triggers_are_shared_and_cost_each_variant(

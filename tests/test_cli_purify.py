@@ -28,9 +28,10 @@ from cbpt_guard.defense import suspect, workshop
 from cbpt_guard.defense.architecture import resolve_model
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
+from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
-from cbpt_guard.defense.found import FoundTrigger, encode
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, TriggerTest
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
@@ -552,6 +553,43 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     (observed,) = [one for one in seen["judged"] if one.origin == "observed"]
     assert torch.allclose(observed.features, features[1::2], atol=1e-5)
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave", "kernel"}
+
+
+def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
+    folder: Path,
+    guarded: tuple[Path, dict[str, Any], str],
+    digits_suspect: DigitsSuspect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No row and no direction is fitted to them."""
+    target, size = digits_suspect.target, digits_suspect.clip.image_size
+    edit = replace(edits(size)["upside down"], target=target)
+    seen: dict[str, Any] = {}
+
+    def fitting(*arguments: Any) -> Any:
+        seen["fitted"], seen["beside"] = arguments[0], arguments[6]
+        return fit_test(*arguments)
+
+    monkeypatch.setattr(purifying, "fit_test", fitting)
+    monkeypatch.setattr(
+        purifying, "measure", lambda *given, **how: seen.update(judged=given[3]) or measure(*given, **how)
+    )
+    monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
+    assert purify("--reuse", guarded[0]).exit_code in (0, 1)
+    monkeypatch.undo()
+    (told, under), run = seen["beside"][0], PurifyRun.open(folder / "purified")
+    assert len(seen["beside"]) == 1
+    assert (told, under.shape) == (target, seen["fitted"].clean.shape)
+    assert len(seen["fitted"].triggered) == len(run.bank())
+    (judged,) = [one for one in seen["judged"] if one.family == "warp"]
+    samples, labels = run.samples()
+    assert (judged.origin, judged.target) == ("found", target)
+    assert torch.allclose(judged.features, encode(digits_suspect.clip, torch.from_numpy(samples), edit), atol=1e-5)
+    assert judged.labels.tolist() == labels.tolist()
+    (kept,) = run.beside()
+    assert torch.equal(kept.pattern, edit.pattern)
+    (run.path / "beside.safetensors").unlink()
+    assert len(run.beside()) == 0, "as in a run of an earlier search"
 
 
 def test_toward_a_class_that_higher_patterns_told_such_a_one_is_made_anew(
