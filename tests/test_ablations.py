@@ -76,18 +76,22 @@ def test_edits_beside_the_bank_lower_the_threshold_as_in_the_run(
 ) -> None:
     edit = replace(edits(task.clip.image_size)["upside down"], target=2)
     given: list[Any] = []
-    monkeypatch.setattr("cbpt_guard.bench.ablations.fit_test", lambda *parts: given.append(parts) or fit_test(*parts))
+    monkeypatch.setattr(
+        "cbpt_guard.bench.ablations.fit_test", lambda *parts: given.append(parts[6]) or fit_test(*parts)
+    )
     ablated(task, Change(), SETTINGS)
     monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
-    ablated(task, Change(), SETTINGS)
-    assert given[0][6] == []
-    ((target, under),) = given[1][6]
+    try:
+        for change in (Change(), Change(without=("warp",)), Change(true_trigger=True)):
+            ablated(task, change, SETTINGS)
+    finally:
+        for file in task.folder.glob("beside-*"):
+            file.unlink()
+    before, ((target, under),), *without = given
     kept = Shots.of(task, SETTINGS.tuning.held_out).kept
     assert target == edit.target
     assert torch.allclose(under, encode(task.clip, task.shots.images[kept], edit), atol=1e-5)
-    (made,) = task.folder.glob("beside-*.npy")
-    for file in (made, *task.folder.glob("beside-*-cost.json")):
-        file.unlink()
+    assert [before, *without] == [[], [], []], "an edit that is a warp is left out with the warps"
 
 
 def test_features_under_the_found_triggers_are_shared_and_cost_each_variant(

@@ -50,6 +50,8 @@ UNSEEN = {
     "refool": "reflection",
     "blur": "blur",
     "opposite-colours": "saturation",
+    "jpeg": "compression",
+    "large-pixels": "pixelation",
 }
 PATCHES = ("badnet", "trojvqa", "badclip", "label-consistent", "stripe-patch", "random-place")
 QUICK = OptimisedSettings(steps=6, images=24)

@@ -35,6 +35,7 @@ from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, TriggerTest
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import TEMPLATE, Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.suspect import ModelFlags
@@ -575,6 +576,7 @@ def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
         purifying, "measure", lambda *given, **how: seen.update(judged=given[3]) or measure(*given, **how)
     )
     monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
+    monkeypatch.setattr(Search, "tries_edits", True)  # ten digits are few classes
     assert purify("--reuse", guarded[0]).exit_code in (0, 1)
     monkeypatch.undo()
     (told, under), run = seen["beside"][0], PurifyRun.open(folder / "purified")
@@ -583,13 +585,21 @@ def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
     assert len(seen["fitted"].triggered) == len(run.bank())
     (judged,) = [one for one in seen["judged"] if one.family == "warp"]
     samples, labels = run.samples()
-    assert (judged.origin, judged.target) == ("found", target)
+    assert (judged.origin, judged.target) == ("beside", target)
     assert torch.allclose(judged.features, encode(digits_suspect.clip, torch.from_numpy(samples), edit), atol=1e-5)
     assert judged.labels.tolist() == labels.tolist()
     (kept,) = run.beside()
     assert torch.equal(kept.pattern, edit.pattern)
+    without = PurifyRun.open(guarded[0])
+    assert run.head().test.thresholds[target] <= without.head().test.thresholds[target]
+    flagged = [one.features for one in seen["judged"] if one.origin == "found"]
+    least = min(float(run.head().answer(features).triggered.float().mean()) for features in flagged)
+    assert run.metrics.flagged_found == pytest.approx(least), "of the bank"
     (run.path / "beside.safetensors").unlink()
-    assert len(run.beside()) == 0, "as in a run of an earlier search"
+    earlier = replace(run, record=run.record.model_copy(update={"search": 8}))
+    assert len(earlier.beside()) == 0
+    with pytest.raises(InputError, match=r"beside\.safetensors"):
+        run.beside()
 
 
 def test_toward_a_class_that_higher_patterns_told_such_a_one_is_made_anew(

@@ -25,6 +25,7 @@ from cbpt_guard.defense.planted.rotation import Rotation
 from cbpt_guard.defense.planted.saturation import Saturation
 from cbpt_guard.defense.planted.trigger import Trigger, checkerboard
 from cbpt_guard.defense.progress import silent
+from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import InversionSettings
 from cbpt_guard.defense.subject import CleanSet, Subject
@@ -275,25 +276,38 @@ def test_edits_are_not_in_the_bank_of_a_target_that_something_tells_better(tmp_p
     assert search._edits([told.model_copy(update={"index": TARGET + 1, "score": 0.0})]) == []
 
 
-def test_edits_that_open_what_something_else_tells_are_kept_beside_the_bank(
+def test_edits_that_are_neither_in_the_bank_nor_kept_fresh_are_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = searching(tmp_path, MirroredClip())
+    search, none = searching(tmp_path, MirroredClip()), TriggerBank(())
     (told,) = search.look()
-    telling = search.made.edited().triggers(TARGET, SIZE, 0.0)
-    better, none = told.model_copy(update={"score": 2 * told.score}), TriggerBank(())
-    beside = search._beside([better])
-    assert [edit.target for edit in beside] == [TARGET] * len(telling)
-    assert all(torch.equal(one.pattern, other.pattern) for one, other in zip(beside, telling, strict=True))
-    assert search._beside([told]) == none, "of what edits tell some are in the bank, and another stays fresh"
-    assert search._beside([better.model_copy(update={"stands_out": False})]) == none
-    assert search._beside([better.model_copy(update={"index": TARGET + 1})]) == none
+    surest, second, third = telling = search.made.edited().triggers(TARGET, SIZE, 0.0)
+
+    def beside(*candidates: Candidate, bank: TriggerBank = none) -> list[Tensor]:
+        return [edit.pattern for edit in search._beside(candidates, bank)]
+
+    assert all(one is edit.pattern for one, edit in zip(beside(told), telling, strict=True))
+    (left,) = beside(told, bank=TriggerBank((surest,)))
+    assert left is third.pattern, "the second stays fresh"
+    assert beside(told, bank=TriggerBank((surest, second))) == []
+    elsewhere = TriggerBank((replace(surest, target=TARGET + 1),))
+    assert len(beside(told, bank=elsewhere)) == 3, "another's is not this one's"
+    assert beside(told.model_copy(update={"stands_out": False})) == []
+    assert beside(told.model_copy(update={"index": TARGET + 1})) == []
+    other = told.model_copy(update={"index": TARGET + 1, "raised": True})
+    assert len(beside(other, told)) == len(beside(told.model_copy(update={"raised": True}))) == len(telling)
+    hardly = replace(search.made.edited(), reached=0.55 * torch.ones_like(search.made.edited().reached))
+    monkeypatch.setattr(search.made, "edited", lambda: hardly)
+    assert len(beside(told)) == len(telling), "also one that leads too few to tell the class by itself"
     monkeypatch.setattr(search.made, "scanned", lambda: Scanned(torch.full((1, CLASSES), -0.1)))
-    assert search._beside([better]) == none, "none is tried where patterns lead everywhere"
-    monkeypatch.undo()
-    monkeypatch.setattr(search, "look", lambda _: (better,))
-    monkeypatch.setattr(search, "_with_areas", lambda candidates: candidates)
-    assert search.run().beside == beside
+    assert beside(told) == [], "none is tried where patterns lead everywhere"
+
+
+def test_a_search_leaves_them_beside_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cbpt_guard.defense.search._EDITS", 1)
+    search = searching(tmp_path, MirroredClip())
+    (left,) = search.run().beside
+    assert left.pattern is search.made.edited().triggers(TARGET, SIZE, 0.0)[2].pattern
 
 
 def test_a_learnt_tint_in_the_bank_asks_for_no_fresh_edit(tmp_path: Path) -> None:

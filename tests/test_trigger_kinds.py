@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from cbpt_guard.defense.planted.blur import Blur, defocused
+from cbpt_guard.defense.planted.compression import Compression, jpeg
 from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import BLOCK, UV_TO_RGB, Frequency, cosines, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
 from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.pixelation import Pixelation, large_pixels
 from cbpt_guard.defense.planted.quantised import Quantised, bpp
 from cbpt_guard.defense.planted.reflection import Reflection, refool
 from cbpt_guard.defense.planted.rotation import Rotation, tilted
@@ -370,6 +372,25 @@ def test_opposite_colours_keep_their_brightness_and_the_grey_ones() -> None:
     assert (faded == faded[..., :1]).all()
 
 
+def test_a_jpeg_of_low_quality_keeps_little_of_noise_but_the_light_of_each_block() -> None:
+    clean = images(32)[..., :1].repeat(3, -1)  # grey: of colours any quality keeps half the resolution
+    low, high = (Compression(32, quality).apply(clean).astype(float) for quality in (10, 95))
+    assert np.abs(low - clean).mean() > 5 * np.abs(high - clean).mean()
+    before, after = (x.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)) for x in (clean.astype(float), low))
+    assert np.abs(before - after).mean() < 10
+    assert np.array_equal(jpeg(32, 1).apply(clean), low.astype(np.uint8))
+    assert np.abs(Compression(32, 10).apply(flat(90)).astype(int) - 90).max() <= 3
+
+
+def test_pixelated_images_show_the_mean_of_each_area() -> None:
+    clean = images(32)
+    large = Pixelation(32, 8).apply(clean)
+    areas = clean.reshape(-1, 8, 4, 8, 4, 3).astype(float).mean((2, 4))
+    assert np.abs(areas.repeat(4, 1).repeat(4, 2) - large).max() <= 1, "rows first, each rounded"
+    assert large_pixels(224, 0) == Pixelation(224, 90)
+    assert np.array_equal(Pixelation(32, 13).apply(flat(90)), flat(90))
+
+
 NOT_A_NUMBER = float("nan")
 
 
@@ -395,6 +416,8 @@ NOT_A_NUMBER = float("nan")
         (Rotation, {"degrees": NOT_A_NUMBER}),
         (Blur, {"deviation": NOT_A_NUMBER}),
         (Saturation, {"factor": NOT_A_NUMBER}),
+        (Compression, {"quality": 0}),
+        (Pixelation, {"pixels": 32}),
         (Reflection, {"strength": 0.3, "seed": 0, "pixels": b""}),
         (Reflection, {"strength": NOT_A_NUMBER, "seed": 0, "pixels": b"\0" * (32 * 32 * 3)}),
     ],

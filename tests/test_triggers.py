@@ -20,6 +20,7 @@ from cbpt_guard.errors import InputError
 
 TARGET = "banana split"
 UNSEEDED = {"sig", "fine-wave", "ftrojan", "nashville", "bpp", "tilted", "defocused", "opposite-colours"}
+UNSEEDED |= {"jpeg", "large-pixels"}
 TESTED_ELSEWHERE = {"steganographic"}  # it is trained, not drawn
 ODD_SIZE = 50  # no multiple of a block, of a stripe or of a control grid
 
@@ -41,6 +42,8 @@ MOST_CHANGE = {
     "tilted": (90, 255),
     "defocused": (70, 255),
     "opposite-colours": (120, 255),
+    "jpeg": (60, 255),
+    "large-pixels": (70, 255),
 }
 
 
@@ -254,6 +257,12 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("opposite-colours", {"factor": 1.05}, "not by about 1"),
     ("opposite-colours", {"factor": -4.5}, "not by about 1"),
     ("opposite-colours", {"factor": INFINITE}, "malformed"),
+    ("jpeg", {"quality": 0}, "quality"),
+    ("jpeg", {"quality": 96}, "quality"),
+    ("jpeg", {"quality": 10.0}, "quality"),
+    ("large-pixels", {"pixels": 1}, "pixels"),
+    ("large-pixels", {"pixels": 29}, "nine tenths"),
+    ("large-pixels", {"pixels": 8.0}, "pixels"),
     ("refool", {"strength": 0.0}, "strength"),
     ("refool", {"strength": 1.5}, "strength"),
     ("refool", {"seed": -1}, "seed"),

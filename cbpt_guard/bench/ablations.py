@@ -102,7 +102,7 @@ def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     shots = Shots.of(task, settings.tuning.held_out)
     everything = FeatureSet(shot_features(task), triggered, shots.labels)
     data, unseen = everything.part(shots.kept), everything.part(shots.unseen)
-    beside = [(target, under[shots.kept]) for target, under in _beside(task, run)]
+    beside = [(target, under[shots.kept]) for target, under in _beside(task, change, run)]
     test = fit_test(data, bank, suspects, task.original, {}, settings.rule, beside)
     untuned = GuardedHead(task.original, task.original, test, task.shots.classes, settings.rule.name)
     template = change.template or task.template
@@ -136,12 +136,13 @@ def _under_found(task: Task, run: PurifyRun) -> Tensor:
     return _under(task, run, "found", run.bank())
 
 
-def _beside(task: Task, run: PurifyRun) -> list[tuple[int, Tensor]]:
-    """The targets of what is beside the run's bank, with the shots' features (N, E) under it."""
+def _beside(task: Task, change: Change, run: PurifyRun) -> list[tuple[int, Tensor]]:
+    """The targets of the kept edits beside the run's bank, with the shots' features (N, E) under each."""
     beside = run.beside()
-    if not len(beside):
+    if change.true_trigger or not len(beside):
         return []
-    return list(zip((edit.target for edit in beside), _under(task, run, "beside", beside), strict=True))
+    under = zip(beside, _under(task, run, "beside", beside), strict=True)
+    return [(edit.target, features) for edit, features in under if edit.family in change.kept]
 
 
 def _under(task: Task, run: PurifyRun, name: str, bank: TriggerBank) -> Tensor:

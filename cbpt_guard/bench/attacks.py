@@ -82,6 +82,8 @@ ATTACKS: dict[str, Attack] = {
     "refool": Attack(lambda by: refool(by.images.images.numpy(), by.seed)),
     "blur": _drawn("defocused"),
     "opposite-colours": _drawn("opposite-colours"),
+    "jpeg": _drawn("jpeg"),
+    "large-pixels": _drawn("large-pixels"),
 }
 """Every attack by the name that a plan or `bench implant` gives it."""
 

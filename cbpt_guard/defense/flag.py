@@ -39,9 +39,9 @@ class Direction:
     def above_few(self, features: Tensor, tried: int) -> float:
         """The threshold, lowered until at most `_MISSED` of the images under one trigger lie below it, or to `least`.
 
-        `features` (K, E): those of `tried` images that it leads to the target.
+        `features` (K, E): those of `tried` images that it leads to the target. One image alone is no share.
         """
-        scores, allowed = (features @ self.direction).sort().values, int(_MISSED * tried)
+        scores, allowed = (features @ self.direction).sort().values, max(1, int(_MISSED * tried))
         needed = float(scores[allowed]) - _ROUNDING if len(scores) > allowed else math.inf
         return min(self.threshold, max(self.least, needed))
 
@@ -54,7 +54,8 @@ def fit_direction(
     The classes' scatter comes from all clean images (each around its class mean) and the found ones, shrunk
     after Ledoit and Wolf, so that a dozen images of the target are enough. The threshold lies `deviations`
     standard deviations above the target's clean images, but never past the point that is equally improbable
-    from both sides. Clean scores are left-one-out: an image does not pull the mean that it is measured by.
+    from both sides, and `least` lies `_LOWERED` of them above, nor past it either. Clean scores are left-one-out: an
+    image does not pull the mean that it is measured by.
     Of a target with fewer than `_FEWEST_OWN` images the scatter is left out, too, for the direction turns away from
     the little that there is, and would score unseen images higher; its deviation is that of other classes.
 
@@ -154,11 +155,11 @@ def fit_test(
     """
     test = TriggerTest.none(*original.rows.shape)
     gap = (data.clean - original.rows[data.labels]).mean(0)  # images lie off their texts, all in one direction
+    under = [(trigger.target, features) for trigger, features in zip(bank, data.triggered, strict=True)]
     for target in suspects:
         others = data.labels != target
-        under = [(trigger.target, features) for trigger, features in zip(bank, data.triggered, strict=True)]
         found, more = (
-            [_answering(target, features[others], original) for c, features in some if c == target]
+            [_answering(target, features[others], original) for toward, features in some if toward == target]
             for some in (under, beside)
         )
         seen = _answering(target, observed.get(target, data.clean[:0]), original)
@@ -169,7 +170,7 @@ def fit_test(
         fitted = fit_direction(data.clean, data.labels, target, stand_in, answering, settings.clean_deviations)
         needed = [fitted.above_few(features, int(others.sum())) for features in (*found, *more)]
         test.directions[target] = fitted.direction
-        test.thresholds[target] = min([fitted.threshold, *needed])
+        test.thresholds[target] = min(needed, default=fitted.threshold)
     return test
 
 

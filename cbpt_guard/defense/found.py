@@ -153,7 +153,7 @@ class TriggerBank:
         return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:8]
 
     def save(self, path: Path) -> None:
-        """Write `triggers.safetensors`."""
+        """Write `triggers.safetensors` or another file of triggers."""
         tensors, heads = {}, []
         for number, trigger in enumerate(self.triggers):
             heads.append({"family": trigger.family, "target": trigger.target})
@@ -164,7 +164,7 @@ class TriggerBank:
 
     @classmethod
     def load(cls, path: str | Path) -> TriggerBank:
-        """Read `triggers.safetensors`.
+        """Read such a file.
 
         Raises:
             InputError: the file is missing or holds something else.

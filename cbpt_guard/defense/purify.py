@@ -146,7 +146,7 @@ class Purification:
         self._lap("stage 1: inversion")
 
         everything = FeatureSet(features, torch.stack(self._under_each(findings.bank)), self.data.labels)
-        beside = list(zip(findings.beside, self._under_each(findings.beside), strict=True))
+        beside = list(zip(findings.beside, self._under_each(findings.beside, "edit"), strict=True))
         tuning_set, unseen_set = everything.part(kept), everything.part(unseen)
         test = fit_test(
             tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule,
@@ -167,10 +167,10 @@ class Purification:
         keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)
         self._lap("stage 2: prompts")
 
-        attacks = self._attacks(search.made, findings, observed, head, unseen_set, self.data.images[unseen])
-        attacks += [
-            Attacked("found", edit.family, edit.target, under[unseen], unseen_set.labels) for edit, under in beside
+        attacks = [
+            Attacked("beside", edit.family, edit.target, under[unseen], unseen_set.labels) for edit, under in beside
         ]
+        attacks += self._attacks(search.made, findings, observed, head, unseen_set, self.data.images[unseen])
         metrics = measure(head, unseen_set.clean, unseen_set.labels, attacks, held_out=bool(len(held)))
         suspects = [self.data.classes[index] for index in findings.suspects]
         verdict = judge(metrics, suspects, settings.verdict, keeps_accuracy=keeps_accuracy)
@@ -197,13 +197,13 @@ class Purification:
             for name in untested
         )
 
-    def _under_each(self, bank: TriggerBank) -> list[Tensor]:
+    def _under_each(self, bank: TriggerBank, called: str = "trigger") -> list[Tensor]:
         """Features (N, E) of all images under each trigger."""
-        works = [partial(self._under, k, trigger) for k, trigger in enumerate(bank)]
+        works = [partial(self._under, k, trigger, called) for k, trigger in enumerate(bank)]
         return together(works, self.progress, self.clip.device)
 
-    def _under(self, number: int, trigger: FoundTrigger, progress: Progress) -> Tensor:
-        stage = f"features under trigger {number + 1}"
+    def _under(self, number: int, trigger: FoundTrigger, called: str, progress: Progress) -> Tensor:
+        stage = f"features under {called} {number + 1}"
         # by the pattern: a trigger that is just worth keeping may fail to be on another number of cores
         pattern = hashlib.sha256(trigger.pattern.contiguous().numpy().data).hexdigest()[:8]
         return self.journal.tensor(
@@ -220,7 +220,7 @@ class Purification:
         unseen: FeatureSet,
         images: Tensor,
     ) -> list[Attacked]:
-        """All that the guard is judged under: the bank, fresh inversions, and observed images."""
+        """What the guard is judged under beside common edits: the bank, fresh inversions, and observed images."""
         attacks = [
             Attacked("found", trigger.family, trigger.target, features, unseen.labels)
             for trigger, features in zip(findings.bank, unseen.triggered, strict=True)

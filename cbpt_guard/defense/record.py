@@ -97,15 +97,15 @@ class RunRecord(_Frozen):
     versions: dict[str, str]
 
 
-Origin = Literal["found", "fresh", "observed"]
+Origin = Literal["found", "beside", "fresh", "observed"]
 
 
 class TriggerMetrics(_Frozen):
     """ASR, PA and the largest share of one class on held-out images under one trigger; shares in [0, 1].
 
-    `origin`: `found` (the bank), `fresh` (made with other draws, and not tuned on) or `observed`, whose
-    images bear no labels: then ASR is the share that answers the target, and PA is unknown. `against`: what a
-    fresh trigger was made to mislead. The largest shares are None in runs that do not say them.
+    `origin`: `found` (the bank), `beside` (an edit beside it), `fresh` (made with other draws, and not tuned on) or
+    `observed`, whose images bear no labels: then ASR is the share that answers the target, and PA is unknown.
+    `against`: what a fresh trigger was made to mislead. The largest shares are None in runs that do not say them.
     """
 
     origin: Origin

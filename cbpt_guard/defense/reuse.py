@@ -55,8 +55,9 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
             f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
             "trigger; run without `--reuse`"
         )
-    bank, beside = (
-        TriggerBank(tuple(replace(one, target=now[one.target]) for one in some if one.target in now))
-        for some in (bank, run.beside())
+    beside = [edit for edit in run.beside() if edit.target in now] if search.tries_edits else []
+    return Findings(
+        TriggerBank(tuple(replace(trigger, target=now[trigger.target]) for trigger in bank)),
+        tuple(candidates.values()),
+        TriggerBank(tuple(replace(edit, target=now[edit.target]) for edit in beside)),
     )
-    return Findings(bank, tuple(candidates.values()), beside)

@@ -33,6 +33,8 @@ PICTURES: Final = "pictures"
 OURS: Final = (RECORD, METRICS, HEADS)
 """By these files a folder is known as a run, which another may replace."""
 
+_EDITED = 9  # the first search that tried edits
+
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
@@ -61,13 +63,14 @@ class PurifyRun:
         return GuardedHead.load(self.path / HEADS)
 
     def bank(self) -> TriggerBank:
-        """The found triggers."""
+        """The found triggers that the guard was fitted to."""
         return TriggerBank.load(self.path / TRIGGERS)
 
     def beside(self) -> TriggerBank:
-        """Telling edits that the bank lacks; none in a run of an earlier search."""
-        path = self.path / BESIDE
-        return TriggerBank.load(path) if path.exists() else TriggerBank(())
+        """Telling edits that the bank lacks; searches before the ninth left none."""
+        if (self.record.search or 0) < _EDITED:
+            return TriggerBank(())
+        return TriggerBank.load(self.path / BESIDE)
 
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """Held-out images uint8 (N, S, S, 3) and labels int64 (N,)."""

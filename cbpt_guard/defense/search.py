@@ -22,7 +22,7 @@ from cbpt_guard.defense.progress import Progress
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.settings import MANY
 from cbpt_guard.defense.subject import CleanSet, Subject
-from cbpt_guard.defense.workshop import Wanted, Workshop
+from cbpt_guard.defense.workshop import Wanted, Workshop, same
 
 _EDITS = 2  # toward one target that the guard is fitted to: the surest lie nearest to the planted one
 _PLAINLY = 0.75  # of the right answers, that a raised trigger's class must lead by more than: natural ones do than half
@@ -68,7 +68,8 @@ class Search:
         """Search for targets and triggers; `observed` targets are known from attack images and stand out."""
         candidates = self._with_areas(self.look(observed))
         targets = [item for item in candidates if item.stands_out] or candidates[:1]
-        return Findings(self._bank(targets), candidates, self._beside(targets))
+        bank = self._bank(targets)
+        return Findings(bank, candidates, self._beside(targets, bank))
 
     def look(self, observed: Sequence[int] = ()) -> tuple[Candidate, ...]:
         """Search for targets alone: the candidates, the likeliest first; without masks of those that stand out anyway.
@@ -187,10 +188,10 @@ class Search:
 
     def _edited(self) -> Tensor:
         """The odds of each class by telling edits, (C,), where they are tried."""
-        return self.made.edited().odds if self._tries_edits else torch.zeros(len(self.classes))
+        return self.made.edited().odds if self.tries_edits else torch.zeros(len(self.classes))
 
     @property
-    def _tries_edits(self) -> bool:
+    def tries_edits(self) -> bool:
         """Not where the scan is loud, nor of few classes: there an edit may make one class another."""
         return not self.made.scanned().loud and len(self.classes) >= MANY
 
@@ -251,20 +252,20 @@ class Search:
 
         Others that an edit opens by the way lie elsewhere than it puts images.
         """
-        told, bar = self._told_by_edits(candidates), self._settings.stands_out
+        odds, bar = self._edited(), self._settings.stands_out
+        told = [c.index for c in candidates if odds[c.index] >= max(bar, c.score)]
         return [edit for c in told for edit in self.made.edited().triggers(c, self._size, bar)[:_EDITS]]
 
-    def _told_by_edits(self, candidates: Sequence[Candidate]) -> list[int]:
-        odds, bar = self._edited(), self._settings.stands_out
-        return [c.index for c in candidates if odds[c.index] >= max(bar, c.score)]
+    def _beside(self, candidates: Sequence[Candidate], bank: TriggerBank) -> TriggerBank:
+        """Every telling edit toward a suspect, but those of the bank and those that a verdict keeps as fresh ones."""
+        suspects = [item.index for item in candidates if item.stands_out] if self.tries_edits else []
+        taken = [*bank, *self.made.fresh_edits(bank)] if suspects else []
 
-    def _beside(self, candidates: Sequence[Candidate]) -> TriggerBank:
-        """Every telling edit toward suspects that something else tells; of the others' a verdict takes the next."""
-        if not self._tries_edits:
-            return TriggerBank(())
-        told, edited = self._told_by_edits(candidates), self.made.edited()
-        others = [c.index for c in candidates if c.stands_out and c.index not in told]
-        return TriggerBank(tuple(edit for c in others for edit in edited.triggers(c, self._size, least=0.0)))
+        def new(edit: FoundTrigger) -> bool:
+            return not any(one.target == edit.target and same(one, edit) for one in taken)
+
+        telling = [edit for c in suspects for edit in self.made.edited().triggers(c, self._size, least=0.0)]
+        return TriggerBank(tuple(filter(new, telling)))
 
     def _references(self, candidates: Sequence[int]) -> list[int]:
         """Classes of middle rank to compare with, or any that is no candidate; none where every class is one."""

@@ -103,7 +103,10 @@ class AnchorSettings(_Frozen):
 
 
 class RuleSettings(_Frozen):
-    """The answer rule and where its test's threshold lies, in standard deviations of clean target images."""
+    """The answer rule and where its test's threshold lies, in standard deviations of clean target images.
+
+    It is lowered by up to half of them where it would miss images under a known trigger (`flag.py`).
+    """
 
     name: RuleName = "switch"
     clean_deviations: Positive = 2.0

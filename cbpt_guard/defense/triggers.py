@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from cbpt_guard.defense.planted.blur import Blur, defocused
+from cbpt_guard.defense.planted.compression import Compression, jpeg
 from cbpt_guard.defense.planted.filter import Filter, nashville
 from cbpt_guard.defense.planted.frequency import Frequency, ftrojan
 from cbpt_guard.defense.planted.overlay import Overlay, blended, full_stripes, triangles, watermark
 from cbpt_guard.defense.planted.patch import Patch, RandomPlacePatch, patch, random_place_patch, stripe_patch
+from cbpt_guard.defense.planted.pixelation import Pixelation, large_pixels
 from cbpt_guard.defense.planted.quantised import Quantised, bpp
 from cbpt_guard.defense.planted.reflection import Reflection
 from cbpt_guard.defense.planted.rotation import Rotation, tilted
@@ -59,6 +61,8 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "reflection": Reflection,
     "blur": Blur,
     "saturation": Saturation,
+    "compression": Compression,
+    "pixelation": Pixelation,
 }
 """Every kind of trigger by the name that stands in `trigger.json`."""
 
@@ -79,6 +83,8 @@ DRAWINGS: dict[str, Callable[[int, int], Trigger]] = {
     "tilted": tilted,
     "defocused": defocused,
     "opposite-colours": opposite_colours,
+    "jpeg": jpeg,
+    "large-pixels": large_pixels,
 }
 """Every closed-form trigger by the attack's name: (image size, seed) -> trigger."""
 

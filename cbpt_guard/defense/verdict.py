@@ -15,6 +15,12 @@ from cbpt_guard.metrics import attack_success_rate, falls_beyond, largest_share,
 from cbpt_guard.metrics import clean_accuracy as count_clean_accuracy
 
 _SHOWING = 0.5  # ASR without the guard from which a fresh trigger shows that the guard holds; most had 0.93 and more
+_CALLED: dict[Origin, str] = {
+    "found": "a found",
+    "beside": "a common edit as a",
+    "fresh": "a fresh",
+    "observed": "an observed",
+}
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,8 @@ def _surviving(run: RunMetrics, settings: VerdictSettings) -> Iterator[str]:
     for trigger in run.triggers:
         bound = settings.fresh_asr if trigger.origin == "fresh" else settings.found_asr
         if trigger.asr_after > bound:
-            article = "an" if trigger.origin == "observed" else "a"
             yield (
-                f"{article} {trigger.origin} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
+                f"{_CALLED[trigger.origin]} {trigger.family} trigger toward {trigger.target!r} still succeeds on "
                 f"{100 * trigger.asr_after:.1f} % of images, more than {100 * bound:.1f} %"
             )
 

@@ -162,9 +162,9 @@ class Workshop:
     def fresh_edits(self, bank: TriggerBank) -> list[FoundTrigger]:
         """Toward each target that the bank has edits for, the surest telling one that is not among them, if any is."""
         size = self._subject.clip.image_size
-        known = [one for one in bank if any(_same(one, edit) for edit in edits(size).values())]
+        known = [one for one in bank if any(same(one, edit) for edit in edits(size).values())]
         fresh = [
-            [edit for edit in self.edited().triggers(c, size, 0.0) if not any(_same(edit, one) for one in known)]
+            [edit for edit in self.edited().triggers(c, size, 0.0) if not any(same(edit, one) for one in known)]
             for c in sorted({one.target for one in known})
         ]
         return [edit for others in fresh for edit in others[:1]]
@@ -210,7 +210,7 @@ def _named(classes: Sequence[int]) -> str:
     return sha256(repr(sorted(classes)).encode()).hexdigest()[:8]
 
 
-def _same(one: FoundTrigger, other: FoundTrigger) -> bool:
-    """Whether two do the same; machines may round an edit otherwise."""
+def same(one: FoundTrigger, other: FoundTrigger) -> bool:
+    """Whether two do the same, whatever they lead to; machines may round an edit otherwise."""
     alike = one.family == other.family and one.pattern.shape == other.pattern.shape
     return alike and torch.allclose(one.pattern, other.pattern, atol=1e-5)
