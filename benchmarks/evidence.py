@@ -60,8 +60,10 @@ SEEN = {
         "full-stripes",
         "blur",
         "opposite-colours",
+        "rotation",
+        "refool",
     ),
-    "looked at": ("stripe-patch", "watermark", "rotation"),
+    "looked at": ("stripe-patch", "watermark"),
 }
 """What docs/notebook.md says of the attacks: on whose development images a family of triggers, the test's threshold,
 its rule for few images or what anchored rows are taught was chosen; and on which a bound (what stands out, the fresh
