@@ -35,7 +35,6 @@ from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
 from cbpt_guard.defense.head import GuardedHead, TriggerTest
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
-from cbpt_guard.defense.search import Search
 from cbpt_guard.defense.settings import TEMPLATE, Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.suspect import ModelFlags
@@ -576,7 +575,7 @@ def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
         purifying, "measure", lambda *given, **how: seen.update(judged=given[3]) or measure(*given, **how)
     )
     monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
-    monkeypatch.setattr(Search, "tries_edits", True)  # ten digits are few classes
+    monkeypatch.setattr("cbpt_guard.defense.reuse.MANY", 10)
     assert purify("--reuse", guarded[0]).exit_code in (0, 1)
     monkeypatch.undo()
     (told, under), run = seen["beside"][0], PurifyRun.open(folder / "purified")

@@ -491,7 +491,7 @@ def test_stored_triggers_are_read_for_another_class_list(
     beside = TriggerBank(tuple(replace(found.bank.triggers[0], target=target) for target in (TARGET, 4)))
     adopted = adopt(EarlierRun(replace(found, beside=beside)), renamed, [])
     assert len(adopted.beside) == 0, "of few classes an edit may make one another"
-    monkeypatch.setattr(Search, "tries_edits", True)
+    monkeypatch.setattr("cbpt_guard.defense.reuse.MANY", 4)
     tried = adopt(EarlierRun(replace(found, beside=beside)), renamed, [])
     assert [edit.target for edit in tried.beside] == [1], "that toward 4 was found toward no suspect"
     assert adopted.suspects == [1]

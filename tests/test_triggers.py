@@ -42,7 +42,7 @@ MOST_CHANGE = {
     "tilted": (90, 255),
     "defocused": (70, 255),
     "opposite-colours": (120, 255),
-    "jpeg": (60, 255),
+    "jpeg": (70, 255),
     "large-pixels": (70, 255),
 }
 

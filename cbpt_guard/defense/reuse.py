@@ -12,6 +12,7 @@ from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.record import Candidate
 from cbpt_guard.defense.run import PurifyRun
 from cbpt_guard.defense.search import Search
+from cbpt_guard.defense.settings import MANY
 from cbpt_guard.errors import InputError
 
 
@@ -55,7 +56,7 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
             f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
             "trigger; run without `--reuse`"
         )
-    beside = [edit for edit in run.beside() if edit.target in now] if search.tries_edits else []
+    beside = [edit for edit in run.beside() if edit.target in now] if len(search.classes) >= MANY else []
     return Findings(
         TriggerBank(tuple(replace(trigger, target=now[trigger.target]) for trigger in bank)),
         tuple(candidates.values()),

@@ -188,10 +188,10 @@ class Search:
 
     def _edited(self) -> Tensor:
         """The odds of each class by telling edits, (C,), where they are tried."""
-        return self.made.edited().odds if self.tries_edits else torch.zeros(len(self.classes))
+        return self.made.edited().odds if self._tries_edits else torch.zeros(len(self.classes))
 
     @property
-    def tries_edits(self) -> bool:
+    def _tries_edits(self) -> bool:
         """Not where the scan is loud, nor of few classes: there an edit may make one class another."""
         return not self.made.scanned().loud and len(self.classes) >= MANY
 
@@ -258,7 +258,7 @@ class Search:
 
     def _beside(self, candidates: Sequence[Candidate], bank: TriggerBank) -> TriggerBank:
         """Every telling edit toward a suspect, but those of the bank and those that a verdict keeps as fresh ones."""
-        suspects = [item.index for item in candidates if item.stands_out] if self.tries_edits else []
+        suspects = [item.index for item in candidates if item.stands_out] if self._tries_edits else []
         taken = [*bank, *self.made.fresh_edits(bank)] if suspects else []
 
         def new(edit: FoundTrigger) -> bool:
