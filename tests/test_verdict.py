@@ -49,6 +49,8 @@ def run(*triggers: TriggerMetrics, before: float = 0.54, after: float = 0.54, he
         (run(trigger(0.0), trigger(0.0301, "fresh")), "not guarded", "a fresh masked trigger"),
         (run(trigger(0.05, "observed")), "guarded", "succeeds on 5.0 %"),
         (run(trigger(0.06, "observed")), "not guarded", "observed masked trigger toward 'b' still succeeds on 6.0 %"),
+        (run(trigger(0.05, "beside")), "guarded", "succeeds on 5.0 %"),
+        (run(trigger(0.06, "beside")), "not guarded", "a common edit as a masked trigger toward 'b' still succeeds"),
         (run(trigger(0.0), before=0.54, after=0.52), "guarded", "went from 54.0 % to 52.0 %"),
         (run(trigger(0.0), before=0.9, after=0.88), "guarded", "went from 90.0 % to 88.0 %"),
         (run(trigger(0.0), before=0.54, after=0.519), "not guarded", "clean accuracy fell by 2.1 points"),
@@ -217,6 +219,8 @@ def test_flags_are_told_of_the_trigger_that_the_test_misses_most_and_prompts_cou
     turned = Head(ROWS.roll(1, 0), 10.0)
     metrics = measure(replace(guarded(), prompts=turned), CLEAN, LABELS, attacks, held_out=True)
     assert metrics.flagged_found == 0.0
+    edit = Attacked("beside", "warp", 1, MISSED, LABELS)
+    assert measure(guarded(), CLEAN, LABELS, [attacks[0], edit], held_out=True).flagged_found == 1.0, "of the bank"
     assert metrics.clean_accuracy_prompts == 0.0, "turned rows answer every image with its neighbour"
     assert metrics.clean_accuracy_after == pytest.approx(5 / 6)
 
