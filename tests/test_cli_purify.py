@@ -222,6 +222,19 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
 # classes, reuse, CSV
 
 
+@pytest.mark.parametrize("name", ["triggers.safetensors", "beside.safetensors"])
+def test_a_run_with_damaged_triggers_is_not_gone_on_with(
+    folder: Path, guarded: tuple[Path, dict[str, Any], str], name: str
+) -> None:
+    """Of few classes no edit is used, but that is no reason to pass over a damaged file."""
+    shutil.copytree(guarded[0], folder / "earlier")
+    (folder / "earlier" / name).write_bytes(b"cut off")
+    result = purify("--reuse", "earlier")
+    assert result.exit_code == 2
+    assert f"{name} is no trigger bank" in result.stderr
+    assert not (folder / "purified").exists()
+
+
 def test_a_new_class_list_needs_no_new_inversion(
     folder: Path, guarded: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
     Raises:
         InputError: there are none.
     """
-    bank = run.bank()
+    bank, beside = run.bank(), run.beside()
     shares = [search.probe.shares(trigger) for trigger in bank]
     earlier = [trigger.target for trigger in bank]
     now = {
@@ -56,9 +56,9 @@ def adopt(run: PurifyRun, search: Search, observed: Sequence[int]) -> Findings:
             f"the observed attack images answer {search.classes[missing[0]]!r}, toward which the earlier run found no "
             "trigger; run without `--reuse`"
         )
-    beside = [edit for edit in run.beside() if edit.target in now] if len(search.classes) >= MANY else []
+    kept = [edit for edit in beside if edit.target in now and len(search.classes) >= MANY]
     return Findings(
         TriggerBank(tuple(replace(trigger, target=now[trigger.target]) for trigger in bank)),
         tuple(candidates.values()),
-        TriggerBank(tuple(replace(edit, target=now[edit.target]) for edit in beside)),
+        TriggerBank(tuple(replace(edit, target=now[edit.target]) for edit in kept)),
     )
