@@ -29,6 +29,7 @@ from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import Family, TriggerBank, encode
 from cbpt_guard.defense.run import PurifyRun
+from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.tuning import FeatureSet, tune
 from cbpt_guard.errors import CheckError
 
@@ -71,13 +72,17 @@ def test_one_that_changes_nothing_answers_as_the_run_does(
     assert found.logits.allclose(wanted.logits, atol=1e-2)
 
 
-def test_edits_beside_the_bank_lower_the_threshold_as_in_the_run(
+def test_edits_beside_the_bank_lower_the_threshold_and_move_the_rows_as_in_the_run(
     unchanged: tuple[Defended, Defended], task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit = replace(edits(task.clip.image_size)["upside down"], target=2)
-    given: list[Any] = []
+    given, answered = list[Any](), list[Any]()
     monkeypatch.setattr(
         "cbpt_guard.bench.ablations.fit_test", lambda *parts: given.append(parts[6]) or fit_test(*parts)
+    )
+    monkeypatch.setattr(
+        "cbpt_guard.bench.ablations.guard",
+        lambda *parts, beside: answered.append(beside) or guard(*parts, beside=beside),
     )
     ablated(task, Change(), SETTINGS)
     monkeypatch.setattr(PurifyRun, "beside", lambda _: TriggerBank((edit,)))
@@ -92,6 +97,7 @@ def test_edits_beside_the_bank_lower_the_threshold_as_in_the_run(
     assert target == edit.target
     assert torch.allclose(under, encode(task.clip, task.shots.images[kept], edit), atol=1e-5)
     assert [before, *without] == [[], [], []], "an edit that is a warp is left out with the warps"
+    assert all(one is other for one, other in zip(given, answered, strict=True))
 
 
 def test_features_under_the_found_triggers_are_shared_and_cost_each_variant(

@@ -25,6 +25,7 @@ from started import without_rights
 from cbpt_guard.cli import show
 from cbpt_guard.defense import purify as purifying
 from cbpt_guard.defense import suspect, workshop
+from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.architecture import resolve_model
 from cbpt_guard.defense.calibration import SEARCH
 from cbpt_guard.defense.data import list_images, load_triggered
@@ -32,10 +33,10 @@ from cbpt_guard.defense.edits import edits
 from cbpt_guard.defense.findings import Findings
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank, encode
-from cbpt_guard.defense.head import GuardedHead, TriggerTest
+from cbpt_guard.defense.head import GuardedHead, Head, TriggerTest
 from cbpt_guard.defense.job import Job
 from cbpt_guard.defense.run import PurifyRun
-from cbpt_guard.defense.settings import TEMPLATE, Settings
+from cbpt_guard.defense.settings import TEMPLATE, AnchorSettings, Settings
 from cbpt_guard.defense.stage2 import guard
 from cbpt_guard.defense.suspect import ModelFlags
 from cbpt_guard.defense.verdict import Attacked, measure
@@ -568,13 +569,13 @@ def test_observed_images_are_judged_on_the_half_that_was_not_fitted_and_so_are_f
     assert {one.family for one in seen["judged"] if one.origin == "fresh"} == {"masked", "wave", "kernel"}
 
 
-def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
+def test_edits_beside_the_bank_lower_the_threshold_move_the_rows_and_are_judged(
     folder: Path,
     guarded: tuple[Path, dict[str, Any], str],
     digits_suspect: DigitsSuspect,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No row and no direction is fitted to them."""
+    """No direction is fitted to them."""
     target, size = digits_suspect.target, digits_suspect.clip.image_size
     edit = replace(edits(size)["upside down"], target=target)
     seen: dict[str, Any] = {}
@@ -604,6 +605,11 @@ def test_edits_beside_the_bank_lower_the_threshold_and_are_judged(
     assert torch.equal(kept.pattern, edit.pattern)
     without = PurifyRun.open(guarded[0])
     assert run.head().test.thresholds[target] <= without.head().test.thresholds[target]
+    data, head = seen["fitted"], run.head()
+    original = Head(without.head().original.rows, head.original.scale, head.original.bias)
+    rows = anchored_rows(original, replace(data, triggered=torch.cat([data.triggered, under[None]])), AnchorSettings())
+    assert torch.allclose(head.guarded.rows, rows, atol=1e-5)
+    assert not torch.allclose(without.head().guarded.rows, rows, atol=1e-3)
     flagged = [one.features for one in seen["judged"] if one.origin == "found"]
     least = min(float(run.head().answer(features).triggered.float().mean()) for features in flagged)
     assert run.metrics.flagged_found == pytest.approx(least), "of the bank"

@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from digits import make_task
 from quick_cbpt import SETTINGS
+from torch import Tensor
 
 from cbpt_guard.bench.oracle import triggered_shots
 from cbpt_guard.bench.rival import Shots, shot_features
 from cbpt_guard.defense import stage2
 from cbpt_guard.defense.accuracy import clean_accuracy
+from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.data import list_images
 from cbpt_guard.defense.flag import fit_test
 from cbpt_guard.defense.found import FoundTrigger, TriggerBank
-from cbpt_guard.defense.head import GuardedHead, Head
+from cbpt_guard.defense.head import GuardedHead, Head, TriggerTest
+from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.progress import silent
 from cbpt_guard.defense.prompts import ClassPrompts
 from cbpt_guard.defense.settings import Settings
@@ -77,3 +81,34 @@ def test_the_epoch_is_the_best_on_unseen_images_and_the_last_without_any(
     assert head.prompts is not None
     assert torch.equal(head.prompts.rows, wanted.rows)
     assert torch.equal(epoch.contexts, wanted.contexts)
+
+
+def test_rows_are_fitted_to_what_is_beside_the_bank_and_moved_with_it_where_images_were_observed(
+    digits_suspect: DigitsSuspect, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    task = make_task(digits_suspect, list_images(digits_suspect.data).drawn(8, 0), tmp_path_factory.mktemp("cell"))
+    target, settings = digits_suspect.target, SETTINGS
+    data = FeatureSet(shot_features(task), triggered_shots(task), Shots.of(task, 0.25).labels)
+    bank = TriggerBank((FoundTrigger("additive", target, torch.zeros(3, 1, 1), None),))
+    under = F.normalize(data.clean + data.triggered[0], dim=1)
+    untuned = GuardedHead(
+        task.original, task.original, TriggerTest.none(*task.original.rows.shape), task.shots.classes, "switch"
+    )
+
+    def rows(*beside: tuple[int, Tensor], observed: dict[int, Tensor] | None = None) -> Tensor:
+        prompts = ClassPrompts(task.clip, list(task.shots.classes), task.template, data.labels.unique(), 64)
+        head, _ = guard(
+            prompts, untuned, data, None, bank, settings, 0, silent, beside=beside, observed=observed
+        )  # fmt: skip
+        return head.guarded.rows
+
+    def fitted(*triggered: Tensor) -> Tensor:
+        return anchored_rows(task.original, replace(data, triggered=torch.stack(triggered)), settings.anchor)
+
+    assert torch.equal(rows(), fitted(data.triggered[0]))
+    assert torch.equal(rows((target, under)), fitted(data.triggered[0], under))
+    seen = data.clean[:4]
+    moved = moved_to(torch.stack([data.triggered[0], under]), [target, target], {target: seen})
+    assert torch.equal(rows((target, under), observed={target: seen}), fitted(*moved))
+    other = (target + 1) % len(task.shots.classes)
+    assert torch.equal(rows((other, under), observed={target: seen}), fitted(moved[0], under))

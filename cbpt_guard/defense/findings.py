@@ -13,8 +13,8 @@ from cbpt_guard.defense.record import Candidate
 class Findings:
     """What stage 1 found: a bank of triggers, and the candidates, the likeliest first.
 
-    `beside` the bank are edits that lead to a suspect by the way. What was planted may put images elsewhere, so rows
-    and directions are not fitted to them, but the guard has to stop them.
+    `beside` the bank are edits that lead to a suspect by the way. What was planted may put images elsewhere, so no
+    direction is fitted to them and no prompt is tuned on them, but the guard has to stop them and to answer for them.
     """
 
     bank: TriggerBank

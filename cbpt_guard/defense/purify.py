@@ -148,10 +148,10 @@ class Purification:
         everything = FeatureSet(features, torch.stack(self._under_each(findings.bank)), self.data.labels)
         beside = list(zip(findings.beside, self._under_each(findings.beside, "edit"), strict=True))
         tuning_set, unseen_set = everything.part(kept), everything.part(unseen)
+        edited = [(trigger.target, under[kept]) for trigger, under in beside]
         test = fit_test(
-            tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule,
-            [(trigger.target, under[kept]) for trigger, under in beside],
-        )  # fmt: skip
+            tuning_set, findings.bank, findings.suspects, self.original, observed.fitting, settings.rule, edited
+        )
         warnings += self._untested(findings, test)
         self._lap("features under found triggers")
 
@@ -161,7 +161,7 @@ class Purification:
         chosen_on = unseen_set if len(held) else None
         head, epoch = guard(
             prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress,
-            observed=observed.fitting,
+            beside=edited, observed=observed.fitting,
         )  # fmt: skip
         accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels)
         keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)
