@@ -35,7 +35,8 @@ from cbpt_guard.bench.verdicts import verdicts
 from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent
-LINES, PLAN, PUBLISHED = HERE / "evidence", HERE / "plan.toml", HERE / "published.toml"
+LINES, PLAN, SEEDS = HERE / "evidence", HERE / "plan.toml", HERE / "seeds.toml"
+PUBLISHED = HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 UNSEEN, UNSEEN_PLAN = HERE / "unseen", HERE / "unseen.toml"
 ABLATIONS, ABLATIONS_PLAN = HERE / "ablations", HERE / "ablations.toml"
@@ -105,11 +106,16 @@ def main() -> None:
             sys.exit(f"{path.name} is not what the lines give; run python benchmarks/evidence.py")
 
 
-def committed(folder: Path = LINES, asked: Path = PLAN) -> list[Line]:
-    """Every committed line, in the order of the plan's suspects and defences, whatever part it was measured in."""
-    plan = Plan.read(asked)
-    place = {key: number for number, key in enumerate(k for group in plan.groups() for k in plan.keys(group, "test"))}
+def committed(folder: Path = LINES, *asked: Path) -> list[Line]:
+    """Every committed line, in the order of the plans' suspects and defences, whatever part it was measured in."""
+    keys = (key for path in asked or (PLAN, SEEDS) for key in asked_by(Plan.read(path)))
+    place = {key: number for number, key in enumerate(keys)}
     return sorted(lines_in(folder), key=lambda line: place[line.key])
+
+
+def asked_by(plan: Plan) -> list[Key]:
+    """The keys of every line on test images that a plan asks for, in its order."""
+    return [key for group in plan.groups() for key in plan.keys(group, "test")]
 
 
 def parts(lines: list[Line]) -> dict[str, str]:
@@ -124,6 +130,7 @@ def parts(lines: list[Line]) -> dict[str, str]:
             progress(found, asked)
             for found, asked in (
                 (lines, PLAN),
+                (lines, SEEDS),
                 (unseen, UNSEEN_PLAN),
                 (adaptive, ADAPTIVE_PLAN),
                 (committed(ABLATIONS, ABLATIONS_PLAN), ABLATIONS_PLAN),
@@ -197,7 +204,8 @@ def rechecks(records: Sequence[dict[str, Any]]) -> str:
 def progress(lines: Sequence[Line], asked_in: Path) -> str:
     """How much of a plan is measured, with today's settings and, suspect by suspect, with today's search."""
     plan = Plan.read(asked_in)
-    found = {line.key: line for line in lines if line.settings == plan.settings(line.key)}
+    keys = set(asked_by(plan))
+    found = {line.key: line for line in lines if line.key in keys and line.settings == plan.settings(line.key)}
     measured = {key for key, line in found.items() if of_this_search(line)}
     asked: dict[str, list[Key]] = {}
     for group in plan.groups():

@@ -350,13 +350,27 @@ def test_a_recheck_is_told_as_it_came_out(commands: tuple[ModuleType, ModuleType
 
 
 @measured
-@pytest.mark.parametrize("part", ["LINES PLAN", "ADAPTIVE ADAPTIVE_PLAN"])
-def test_the_committed_lines_belong_to_the_committed_plan(commands: tuple[ModuleType, ModuleType], part: str) -> None:
+@pytest.mark.parametrize("part", ["LINES PLAN SEEDS", "ADAPTIVE ADAPTIVE_PLAN", "UNSEEN UNSEEN_PLAN"])
+def test_the_committed_lines_belong_to_the_committed_plans(commands: tuple[ModuleType, ModuleType], part: str) -> None:
     evidence, _ = commands
-    folder, path = (getattr(evidence, name) for name in part.split())
-    plan = Plan.read(path)
-    for found in evidence.committed(folder, path):
+    folder, *paths = (getattr(evidence, name) for name in part.split())
+    plans = [(plan, set(evidence.asked_by(plan))) for plan in map(Plan.read, paths)]
+    for found in evidence.committed(folder, *paths):
+        (plan,) = (plan for plan, keys in plans if found.key in keys)
         assert found.settings == plan.settings(found.key), found.key
+
+
+def test_further_draws_are_of_the_implants_that_the_plan_draws_once(commands: tuple[ModuleType, ModuleType]) -> None:
+    evidence, _ = commands
+    plan, further = Plan.read(evidence.PLAN), Plan.read(evidence.SEEDS)
+    assert further.implants.items() <= plan.implants.items()
+    assert (further.template, further.datasets.items() <= plan.datasets.items()) == (plan.template, True)
+    drawn = {
+        implant: {key.seed for key in evidence.asked_by(plan) + evidence.asked_by(further) if key.implant == implant}
+        for implant, about in plan.implants.items()
+        if about.dataset == evidence.DEVELOPED_WITH
+    }
+    assert set(map(frozenset, drawn.values())) == {frozenset({0, 1, 2})}
 
 
 def test_adaptive_attackers_come_at_two_strengths(commands: tuple[ModuleType, ModuleType]) -> None:
