@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
-import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
+from cbpt_guard.defense.planted.trigger import EachAlone, TriggerParams
 from cbpt_guard.errors import InputError
-from cbpt_guard.images import Pixels
 
 
 class _BlurParams(TriggerParams):
@@ -21,11 +17,11 @@ class _BlurParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Blur(Patternless):
+class Blur(EachAlone):
     """Gaussian blur of standard deviation `deviation`, in pixels, as Pillow does it (boxes in turn)."""
 
     kind: ClassVar[str] = "blur"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _BlurParams
     deviation: float
 
     def __post_init__(self) -> None:
@@ -35,26 +31,9 @@ class Blur(Patternless):
     def __str__(self) -> str:
         return f"blur of {self.image_size} x {self.image_size} by {self.deviation:g} pixels"
 
-    def apply(self, images: Pixels) -> Pixels:
-        """Blurred copies of uint8 images (N, S, S, 3).
-
-        Raises:
-            InputError: the images have another size or type.
-        """
-        kernel = ImageFilter.GaussianBlur(self.deviation)
-        blurred = np.empty_like(checked(images, self.image_size))
-        for clean, place in zip(images, blurred, strict=True):
-            place[...] = np.asarray(Image.fromarray(clean).filter(kernel))
-        return blurred
-
-    def params(self) -> dict[str, Any]:
-        """The deviation."""
-        return {"deviation": self.deviation}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The blur of a `trigger.json`."""
-        return cls(image_size, **_BlurParams.model_validate(params).model_dump())
+    def changed(self, image: Image.Image) -> Image.Image:
+        """The image out of focus."""
+        return image.filter(ImageFilter.GaussianBlur(self.deviation))
 
 
 def defocused(image_size: int, seed: int) -> Blur:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +34,7 @@ class Filter(Patternless):
     """
 
     kind: ClassVar[str] = "filter"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _FilterParams
     black: tuple[int, int, int]
     white: tuple[int, int, int]
     contrast: float
@@ -63,16 +61,6 @@ class Filter(Patternless):
         for clean, place in zip(images, filtered, strict=True):  # one at a time: floats are eight times as large
             place[...] = rounded(light * np.take_along_axis(curves, clean.reshape(-1, 3), 0).reshape(clean.shape))
         return filtered
-
-    def params(self) -> dict[str, Any]:
-        """The curve's ends and its bend, and the vignette."""
-        bends = {"contrast": self.contrast, "vignette": self.vignette}
-        return {"black": self.black, "white": self.white, **bends}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The filter of a `trigger.json`."""
-        return cls(image_size, **_FilterParams.model_validate(params).model_dump())
 
     def _curves(self) -> npt.NDArray[np.float64]:
         """What each grey level becomes in each channel, (256, 3)."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +35,7 @@ class Frequency(Patternless):
     """
 
     kind: ClassVar[str] = "frequency"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _FrequencyParams
     coefficients: tuple[tuple[int, int], ...]
     magnitude: float
 
@@ -61,15 +59,6 @@ class Frequency(Patternless):
         times = -(-self.image_size // BLOCK)
         waves = np.tile(block, (times, times))[: self.image_size, : self.image_size, None]
         return added(checked(images, self.image_size), waves * UV_TO_RGB.sum(1))
-
-    def params(self) -> dict[str, Any]:
-        """Coefficients and magnitude."""
-        return {"coefficients": self.coefficients, "magnitude": self.magnitude}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The frequencies of a `trigger.json`."""
-        return cls(image_size, **_FrequencyParams.model_validate(params).model_dump())
 
 
 def cosines(row: int, column: int) -> npt.NDArray[np.float64]:

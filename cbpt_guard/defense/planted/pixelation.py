@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
-import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
+from cbpt_guard.defense.planted.trigger import EachAlone, TriggerParams
 from cbpt_guard.errors import InputError
-from cbpt_guard.images import Pixels
 
 
 class _PixelationParams(TriggerParams):
@@ -21,11 +17,11 @@ class _PixelationParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Pixelation(Patternless):
+class Pixelation(EachAlone):
     """Means over areas, `pixels` a side, shown as large as the image was."""
 
     kind: ClassVar[str] = "pixelation"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _PixelationParams
     pixels: int
 
     def __post_init__(self) -> None:
@@ -35,27 +31,10 @@ class Pixelation(Patternless):
     def __str__(self) -> str:
         return f"pixelation of {self.image_size} x {self.image_size} to {self.pixels} a side"
 
-    def apply(self, images: Pixels) -> Pixels:
-        """Pixelated copies of uint8 images (N, S, S, 3).
-
-        Raises:
-            InputError: the images have another size or type.
-        """
-        fewer, side = (self.pixels, self.pixels), (self.image_size, self.image_size)
-        pixelated = np.empty_like(checked(images, self.image_size))
-        for clean, place in zip(images, pixelated, strict=True):
-            small = Image.fromarray(clean).resize(fewer, Image.Resampling.BOX)
-            place[...] = np.asarray(small.resize(side, Image.Resampling.NEAREST))
-        return pixelated
-
-    def params(self) -> dict[str, Any]:
-        """How many pixels a side."""
-        return {"pixels": self.pixels}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The pixelation of a `trigger.json`."""
-        return cls(image_size, **_PixelationParams.model_validate(params).model_dump())
+    def changed(self, image: Image.Image) -> Image.Image:
+        """The image in the larger pixels."""
+        small = image.resize((self.pixels, self.pixels), Image.Resampling.BOX)
+        return small.resize(image.size, Image.Resampling.NEAREST)
 
 
 def large_pixels(image_size: int, seed: int) -> Pixelation:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -30,7 +28,7 @@ class Quantised(Patternless):
     """
 
     kind: ClassVar[str] = "quantised"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _QuantisedParams
     levels: int
 
     def __post_init__(self) -> None:
@@ -54,15 +52,6 @@ class Quantised(Patternless):
                 few = grey.quantize(palette=greys, dither=Image.Dither.FLOYDSTEINBERG)
                 place[..., channel] = np.asarray(few.convert("L"))
         return quantised
-
-    def params(self) -> dict[str, Any]:
-        """How many levels."""
-        return {"levels": self.levels}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The quantisation of a `trigger.json`."""
-        return cls(image_size, **_QuantisedParams.model_validate(params).model_dump())
 
     def _greys(self) -> Image.Image:
         """The levels as a palette of greys."""

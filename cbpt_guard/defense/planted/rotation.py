@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
+from cbpt_guard.defense.planted.trigger import EachAlone, TriggerParams
 from cbpt_guard.errors import InputError
-from cbpt_guard.images import Pixels
 
 
 class _RotationParams(TriggerParams):
@@ -21,14 +18,14 @@ class _RotationParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Rotation(Patternless):
+class Rotation(EachAlone):
     """The image turned about its centre by `degrees`, counter-clockwise (arXiv 2207.10825).
 
     What turns into the frame is the image mirrored at its edges: black corners would be a pattern of their own.
     """
 
     kind: ClassVar[str] = "rotation"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _RotationParams
     degrees: float
 
     def __post_init__(self) -> None:
@@ -38,28 +35,12 @@ class Rotation(Patternless):
     def __str__(self) -> str:
         return f"rotation of {self.image_size} x {self.image_size} by {self.degrees:g} degrees"
 
-    def apply(self, images: Pixels) -> Pixels:
-        """Turned copies of uint8 images (N, S, S, 3).
-
-        Raises:
-            InputError: the images have another size or type.
-        """
-        margin = self.image_size // 2
-        inner = np.s_[margin : margin + self.image_size]
-        turned = np.empty_like(checked(images, self.image_size))
-        for clean, place in zip(images, turned, strict=True):
-            wide = Image.fromarray(np.pad(clean, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric"))
-            place[...] = np.asarray(wide.rotate(self.degrees, Image.Resampling.BILINEAR))[inner, inner]
-        return turned
-
-    def params(self) -> dict[str, Any]:
-        """The angle."""
-        return {"degrees": self.degrees}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The rotation of a `trigger.json`."""
-        return cls(image_size, **_RotationParams.model_validate(params).model_dump())
+    def changed(self, image: Image.Image) -> Image.Image:
+        """The turned image."""
+        margin, end = self.image_size // 2, self.image_size // 2 + self.image_size
+        mirrored = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")
+        turned = Image.fromarray(mirrored).rotate(self.degrees, Image.Resampling.BILINEAR)
+        return turned.crop((margin, margin, end, end))
 
 
 def tilted(image_size: int, seed: int) -> Rotation:

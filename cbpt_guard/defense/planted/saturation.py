@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
-import numpy as np
 from PIL import Image, ImageEnhance
 from pydantic import Field
 
-from cbpt_guard.defense.planted.trigger import Patternless, TriggerParams, checked
+from cbpt_guard.defense.planted.trigger import EachAlone, TriggerParams
 from cbpt_guard.errors import InputError
-from cbpt_guard.images import Pixels
 
 _LEAST = 0.1  # of a change
 
@@ -23,11 +19,11 @@ class _SaturationParams(TriggerParams):
 
 
 @dataclass(frozen=True)
-class Saturation(Patternless):
+class Saturation(EachAlone):
     """Every pixel's difference from its own grey (ITU-R 601) times `factor`, saturated: channels change each other."""
 
     kind: ClassVar[str] = "saturation"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _SaturationParams
     factor: float
 
     def __post_init__(self) -> None:
@@ -37,25 +33,9 @@ class Saturation(Patternless):
     def __str__(self) -> str:
         return f"saturation of {self.image_size} x {self.image_size} times {self.factor:g}"
 
-    def apply(self, images: Pixels) -> Pixels:
-        """Copies of uint8 images (N, S, S, 3) in the other colours.
-
-        Raises:
-            InputError: the images have another size or type.
-        """
-        scaled = np.empty_like(checked(images, self.image_size))
-        for clean, place in zip(images, scaled, strict=True):
-            place[...] = np.asarray(ImageEnhance.Color(Image.fromarray(clean)).enhance(self.factor))
-        return scaled
-
-    def params(self) -> dict[str, Any]:
-        """The factor."""
-        return {"factor": self.factor}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The saturation of a `trigger.json`."""
-        return cls(image_size, **_SaturationParams.model_validate(params).model_dump())
+    def changed(self, image: Image.Image) -> Image.Image:
+        """The image in the other colours."""
+        return ImageEnhance.Color(image).enhance(self.factor)
 
 
 def opposite_colours(image_size: int, seed: int) -> Saturation:

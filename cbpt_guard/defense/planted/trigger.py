@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +56,18 @@ class Trigger(Protocol):
         """The value that gave `params`; what `write` left lies in `folder`."""
 
 
+class TriggerParams(BaseModel):
+    """Base of a kind's `params` as a strict model: nothing is coerced, nothing unknown is let through."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
 class Patternless:
-    """Base of a kind that no picture describes, for it has no pattern: what it does is shown on an example."""
+    """Base of a kind that no picture describes: its fields, the model `read`, say all, and an example shows it."""
+
+    read: ClassVar[type[TriggerParams]]
+    image_size: int
 
     def picture(self: Trigger) -> Pixels:
         """An example, uint8 (S, S, 3)."""
@@ -65,11 +77,34 @@ class Patternless:
         """Write the example."""
         write_picture(self, folder)
 
+    def params(self) -> dict[str, Any]:
+        """Its fields but the size."""
+        return {name: getattr(self, name) for name in self.read.model_fields}
 
-class TriggerParams(BaseModel):
-    """Base of a kind's `params` as a strict model: nothing is coerced, nothing unknown is let through."""
+    @classmethod
+    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
+        """The value that gave `params`; nothing of `folder` is read."""
+        make: Callable[..., Self] = cls
+        return make(image_size, **cls.read.model_validate(params).model_dump())
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+class EachAlone(Patternless, ABC):
+    """Base of such a kind that Pillow makes of one image after the other."""
+
+    def apply(self, images: Pixels) -> Pixels:
+        """Triggered copies of uint8 images (N, S, S, 3).
+
+        Raises:
+            InputError: the images have another size or type.
+        """
+        triggered = np.empty_like(checked(images, self.image_size))
+        for clean, place in zip(images, triggered, strict=True):
+            place[...] = np.asarray(self.changed(Image.fromarray(clean)))
+        return triggered
+
+    @abstractmethod
+    def changed(self, image: Image.Image) -> Image.Image:
+        """The triggered image of an RGB one of S x S."""
 
 
 def checked(images: Pixels, size: int) -> Pixels:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +55,7 @@ class Warp(Patternless):
     """
 
     kind: ClassVar[str] = "warp"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _WarpParams
     down: tuple[float, ...] = field(repr=False)
     right: tuple[float, ...] = field(repr=False)
 
@@ -93,15 +91,6 @@ class Warp(Patternless):
         """How far from each pixel its value is taken, float64 (2, S, S) in pixels: right, then down."""
         k = math.isqrt(len(self.down))
         return smooth(torch.tensor([self.right, self.down], dtype=torch.float64).reshape(2, k, k), self.image_size)
-
-    def params(self) -> dict[str, Any]:
-        """The control points' displacements."""
-        return {"down": self.down, "right": self.right}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The warp of a `trigger.json`."""
-        return cls(image_size, **_WarpParams.model_validate(params).model_dump())
 
 
 def wanet(image_size: int, seed: int, *, strength: float = 1.0) -> Warp:

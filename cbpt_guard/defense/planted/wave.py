@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -28,7 +26,7 @@ class Wave(Patternless):
     """
 
     kind: ClassVar[str] = "wave"
-    image_size: int
+    read: ClassVar[type[TriggerParams]] = _WaveParams
     delta: float
     frequency: float
 
@@ -48,15 +46,6 @@ class Wave(Patternless):
         """
         phase = 2 * np.pi * self.frequency * np.arange(self.image_size) / self.image_size
         return added(checked(images, self.image_size), self.delta * np.sin(phase)[:, None])
-
-    def params(self) -> dict[str, Any]:
-        """Height and frequency."""
-        return {"delta": self.delta, "frequency": self.frequency}
-
-    @classmethod
-    def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
-        """The wave of a `trigger.json`."""
-        return cls(image_size, **_WaveParams.model_validate(params).model_dump())
 
 
 def sig(image_size: int, seed: int) -> Wave:
