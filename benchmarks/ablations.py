@@ -16,6 +16,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from statistics import mean
 
+from command import plainly
 from evidence import committed
 from pages import filled
 
@@ -137,4 +138,4 @@ def _what(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

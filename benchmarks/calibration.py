@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from command import append, read
+from command import append, plainly, read
 from pages import filled
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
@@ -320,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

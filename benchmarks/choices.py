@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
-from command import append, implant_parsers, read, stamp
+from command import append, implant_parsers, plainly, read, stamp
 from inversion import SHOTS, cosine, undrawn
 from pages import rewrite
 
@@ -161,4 +161,4 @@ def _cell(line: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

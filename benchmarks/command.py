@@ -9,11 +9,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbpt_guard import __version__
+from cbpt_guard.errors import CbptGuardError
 
 
 class Parsers(NamedTuple):
@@ -47,6 +49,15 @@ def _bare(about: str | None) -> Parsers:
     measuring = commands.add_parser("measure")
     commands.add_parser("table")
     return Parsers(whole, commands, measuring)
+
+
+def plainly(main: Callable[[], None]) -> None:
+    """Run a command; what it refuses it says in a line on stderr, with the exit code that `cbpt-guard` answers with."""
+    try:
+        main()
+    except CbptGuardError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

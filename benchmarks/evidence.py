@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command import read
+from command import plainly, read
 from pages import filled
 
 from cbpt_guard.bench.bars import apart, bars
@@ -332,4 +332,4 @@ def published(read: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import onnxruntime
 import torch
-from command import append, machine, parsers, read
+from command import append, machine, parsers, plainly, read
 from pages import rewrite
 from PIL import Image
 from timing import own_seconds
@@ -234,4 +234,4 @@ def refused() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

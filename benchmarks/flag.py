@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import append, parsers, read, stamp
+from command import append, parsers, plainly, read, stamp
 from pages import rewrite
 from road import counted, unpacked
 
@@ -100,4 +100,4 @@ def _left(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray, target: 
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

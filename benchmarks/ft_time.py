@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from command import append, parsers, read, stamp, timed
+from command import append, parsers, plainly, read, stamp, timed
 from pages import rewrite
 from road import LINES as ROAD
 from road import MODELS, SEED, SHOTS, unpacked
@@ -134,4 +134,4 @@ def _against_half(half: float, stages: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from command import append, implant_parsers, read, stamp
+from command import append, implant_parsers, plainly, read, stamp
 from pages import rewrite
 
 from cbpt_guard.bench.table import joined
@@ -160,4 +160,4 @@ def _cells(own: Lines, families: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

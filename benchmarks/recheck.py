@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from command import append, stamp
+from command import append, plainly, stamp
 from evidence import LINES, PLAN, RECHECKS, Compared, committed
 
 from cbpt_guard.bench.lines import CONTROL, OFF, Line, read_lines
@@ -121,4 +121,4 @@ def compared(
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

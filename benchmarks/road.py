@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import append, machine, parsers, ran, read, timed
+from command import append, machine, parsers, plainly, ran, read, timed
 from pages import rewrite
 from timing import Watch
 
@@ -196,4 +196,4 @@ def stages(lines: list[dict[str, Any]], ever: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

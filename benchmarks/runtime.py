@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from command import append, machine, parsers, read
+from command import append, machine, parsers, plainly, read
 from pages import rewrite
 from rows import MOBILE, ROWS, TIMELESS, VIT, Line, Work, made
 from timing import Watch
@@ -119,4 +119,4 @@ def table(lines: list[Line]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

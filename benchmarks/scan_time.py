@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from command import append, parsers, ran, read, stamp
+from command import append, parsers, plainly, ran, read, stamp
 from pages import rewrite
 from road import MODELS, SEED, SHOTS, unpacked
 from timing import Watch
@@ -88,4 +88,4 @@ def _told(alike: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

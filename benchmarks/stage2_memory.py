@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command import append, read, stamp
+from command import append, plainly, read, stamp
 from pages import rewrite
 
 HERE = Path(__file__).parent
@@ -118,4 +118,4 @@ def peak_mb(model: Path, classes: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from command import stamp
+from command import plainly, stamp
 from looked import Line, looked_at, run
 from torch import Tensor
 
@@ -108,4 +108,4 @@ def _rows(line: Line) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

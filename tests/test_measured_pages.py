@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,3 +238,14 @@ def test_the_table_of_what_edits_lead_to(commands: tuple[ModuleType, ModuleType]
     assert second == "| badnet | 2 | dog (natural) | none | - | - | 3.6 | - |"
     (told,) = edits.told([line | {"planted": [], "natural": []}]).splitlines()[2:]
     assert told == "| badnet | 2 | none | none | - | - | 3.6 | - |"
+
+
+def test_what_a_command_refuses_it_says_in_a_line(tmp_path: Path) -> None:
+    plan = BENCHMARKS / "unseen.toml"
+    arguments = ["measure", "--plan", plan, "--root", tmp_path, "--work", tmp_path / "work", "--only", "rotation"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "edits.py", *arguments], capture_output=True, text=True, check=False
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith(f"error: no implant lies in {tmp_path}")

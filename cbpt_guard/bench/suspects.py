@@ -111,6 +111,8 @@ def planted_triggers(implant: Implant, folder: Path) -> tuple[PlantedTrigger, ..
     files = sorted(folder.rglob(JSON_NAME), key=lambda path: (len(path.parts), path))
     found = tuple(load_trigger(path) for path in files)
     targets = sorted(pair.target for pair in found)
+    if not found:
+        raise InputError(f"no implant lies in {folder}; `cbpt-guard bench run` plants it")
     if targets != sorted(implant.attacks.values()):
         raise InputError(f"{folder} holds triggers toward {targets}, the plan says {sorted(implant.attacks.values())}")
     return found
