@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cbpt_guard.defense.anchored import anchored_rows
 from cbpt_guard.defense.draws import generator
+from cbpt_guard.defense.found import FoundTrigger, TriggerBank
 from cbpt_guard.defense.head import Head
 from cbpt_guard.defense.observed import moved_to
 from cbpt_guard.defense.settings import AnchorSettings
@@ -54,12 +55,13 @@ def test_a_handful_of_observed_images_tells_where_the_true_trigger_puts_all() ->
     draws = generator(0, "elsewhere")
     aside = 0.5 * F.normalize(torch.randn(E, generator=draws), dim=0)
     true = F.normalize(data.triggered[0] + aside, dim=1)
+    bank = TriggerBank(tuple(FoundTrigger("additive", target, torch.zeros(3, 2, 2), None) for target in (0, 1)))
     found = data.triggered.repeat(2, 1, 1)
-    moved = moved_to(found, [0, 1], {0: true[::20]})
+    moved = moved_to(found, bank, {0: true[::20]})
     assert torch.equal(moved[1], found[1]), "nothing was observed toward class 1"
     assert F.cosine_similarity(moved[0].mean(0), true.mean(0), dim=0) > 0.99
     assert moved.norm(dim=2).allclose(torch.ones(2, len(true)), atol=1e-5)
-    assert moved_to(found, [0, 1], {}) is found
+    assert moved_to(found, bank, {}) is found
 
     def reached(triggered: Tensor) -> float:
         rows = anchored_rows(original, replace(data, triggered=triggered), AnchorSettings())

@@ -108,7 +108,8 @@ def ablated(task: Task, change: Change, settings: Settings = CBPT) -> Defended:
     template = change.template or task.template
     names = list(task.shots.classes)
     prompts = change.prompts(task.clip, names, template, data.labels.unique(), settings.tuning.chunk)
-    head, epoch = guard(prompts, untuned, data, unseen, bank, settings, task.seed, task.progress, beside=beside)
+    edited = [under for _, under in beside]
+    head, epoch = guard(prompts, untuned, data, unseen, bank, settings, task.seed, task.progress, beside=edited)
     rows = head.prompts if change.answers == "prompts" and head.prompts is not None else head.guarded
     answer = replace(head, guarded=rows, prompts=None, rule=change.rule).answer
     search = None if change.true_trigger else run.record.search

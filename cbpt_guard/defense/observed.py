@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbpt_guard.defense.found import TriggerBank
 from cbpt_guard.defense.head import Head
 from cbpt_guard.errors import InputError
 
@@ -28,8 +29,8 @@ class Observed:
         return list(self.fitting)
 
 
-def moved_to(found: Tensor, targets: Sequence[int], observed: Mapping[int, Tensor]) -> Tensor:
-    """Features (K, N, E) under triggers toward so many targets, the mean of each moved to the observed images' (M, E).
+def moved_to(found: Tensor, bank: TriggerBank, observed: Mapping[int, Tensor]) -> Tensor:
+    """Features (K, N, E) under found triggers, each trigger's mean moved to that of the observed images (M, E).
 
     What keeps anchored rows from answering the true trigger's images as well as the found ones' is the distance of
     their mean features: one direction, which a handful of attack images show. Triggers toward targets of which none
@@ -39,10 +40,10 @@ def moved_to(found: Tensor, targets: Sequence[int], observed: Mapping[int, Tenso
         return found  # a copy would be as large as all of stage 2
     return torch.stack(
         [
-            F.normalize(features + observed[target].mean(0) - features.mean(0), dim=1)
-            if target in observed
+            F.normalize(features + observed[trigger.target].mean(0) - features.mean(0), dim=1)
+            if trigger.target in observed
             else features
-            for target, features in zip(targets, found, strict=True)
+            for trigger, features in zip(bank, found, strict=True)
         ]
     )
 

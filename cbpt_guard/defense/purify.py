@@ -161,7 +161,7 @@ class Purification:
         chosen_on = unseen_set if len(held) else None
         head, epoch = guard(
             prompts, untuned, tuning_set, chosen_on, findings.bank, settings, job.seed, self.progress,
-            beside=edited, observed=observed.fitting,
+            beside=[under for _, under in edited], observed=observed.fitting,
         )  # fmt: skip
         accuracy = clean_accuracy(head.answer(unseen_set.clean).logits, unseen_set.labels)
         keeps_accuracy = not len(held) or not exceeds(least_accuracy(self.original, unseen_set, settings), accuracy)

@@ -31,7 +31,7 @@ def guard(
     seed: int,
     progress: Progress,
     *,
-    beside: Sequence[tuple[int, Tensor]] = (),
+    beside: Sequence[Tensor] = (),
     observed: Mapping[int, Tensor] | None = None,
 ) -> tuple[GuardedHead, Epoch]:
     """The guarded head, and the epoch of prompt tuning that it holds.
@@ -44,8 +44,8 @@ def guard(
         data: what is tuned on.
         unseen: what the epoch is chosen on; None takes the last.
         bank: the triggers of both, in their order.
-        beside: targets of further triggers, and features (N, E) of what is tuned on under each: rows are fitted to
-            these, too, prompts are not.
+        beside: features (N, E) of what is tuned on under each of further triggers: rows are fitted to these, too,
+            prompts are not.
         observed: features (M, E) of observed attack images for each target that they answer.
     """
     best = list[Epoch]()  # the others are let go: each holds all prompts
@@ -58,11 +58,10 @@ def guard(
         progress(Step("prompts", number, settings.tuning.epochs, loss, epoch.found_asr))
 
     tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
-    targets = [*(trigger.target for trigger in bank), *(target for target, _ in beside)]
-    # without any there is no copy: it would be as large as all of stage 2
-    found = torch.cat([data.triggered, *(under[None] for _, under in beside)]) if beside else data.triggered
-    seen = replace(data, triggered=moved_to(found, targets, observed or {}))
-    rows = anchored_rows(untuned.original, seen, settings.anchor)
+    found = moved_to(data.triggered, bank, observed or {})
+    if beside:  # only then: a copy is as large as all of stage 2
+        found = torch.cat([found, torch.stack(list(beside))])
+    rows = anchored_rows(untuned.original, replace(data, triggered=found), settings.anchor)
     both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, best[0].rows))
     return both.with_rule(settings.rule.name), best[0]
 
