@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbpt_guard import __version__
+from cbpt_guard.cli.show import refused
 from cbpt_guard.errors import CbptGuardError
 
 
@@ -52,12 +53,11 @@ def _bare(about: str | None) -> Parsers:
 
 
 def plainly(main: Callable[[], None]) -> None:
-    """Run a command; what it refuses it says in a line on stderr, with the exit code that `cbpt-guard` answers with."""
+    """Run a command; what it refuses it says as `cbpt-guard` does, on stderr and with its exit code."""
     try:
         main()
     except CbptGuardError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        sys.exit(refused(error))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

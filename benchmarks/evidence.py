@@ -35,7 +35,7 @@ from cbpt_guard.bench.verdicts import verdicts
 from cbpt_guard.defense.calibration import SEARCH
 
 HERE = Path(__file__).parent
-LINES, PLAN, SEEDS = HERE / "evidence", HERE / "plan.toml", HERE / "seeds.toml"
+LINES, PLAN, SEEDS_PLAN = HERE / "evidence", HERE / "plan.toml", HERE / "seeds.toml"
 PUBLISHED = HERE / "published.toml"
 ADAPTIVE, ADAPTIVE_PLAN = HERE / "adaptive", HERE / "adaptive.toml"
 UNSEEN, UNSEEN_PLAN = HERE / "unseen", HERE / "unseen.toml"
@@ -106,9 +106,9 @@ def main() -> None:
             sys.exit(f"{path.name} is not what the lines give; run python benchmarks/evidence.py")
 
 
-def committed(folder: Path = LINES, *asked: Path) -> list[Line]:
+def committed(folder: Path = LINES, asked: Sequence[Path] = (PLAN, SEEDS_PLAN)) -> list[Line]:
     """Every committed line, in the order of the plans' suspects and defences, whatever part it was measured in."""
-    keys = (key for path in asked or (PLAN, SEEDS) for key in asked_by(Plan.read(path)))
+    keys = (key for path in asked for key in asked_by(Plan.read(path)))
     place = {key: number for number, key in enumerate(keys)}
     return sorted(lines_in(folder), key=lambda line: place[line.key])
 
@@ -120,7 +120,7 @@ def asked_by(plan: Plan) -> list[Key]:
 
 def parts(lines: list[Line]) -> dict[str, str]:
     """The generated parts by name."""
-    adaptive, unseen = committed(ADAPTIVE, ADAPTIVE_PLAN), committed(UNSEEN, UNSEEN_PLAN)
+    adaptive, unseen = committed(ADAPTIVE, [ADAPTIVE_PLAN]), committed(UNSEEN, [UNSEEN_PLAN])
     counted = [*lines, *unseen]
     every = [*counted, *adaptive]
     own = [line for line in counted if line.dataset == DEVELOPED_WITH]
@@ -130,10 +130,10 @@ def parts(lines: list[Line]) -> dict[str, str]:
             progress(found, asked)
             for found, asked in (
                 (lines, PLAN),
-                (lines, SEEDS),
+                (lines, SEEDS_PLAN),
                 (unseen, UNSEEN_PLAN),
                 (adaptive, ADAPTIVE_PLAN),
-                (committed(ABLATIONS, ABLATIONS_PLAN), ABLATIONS_PLAN),
+                (committed(ABLATIONS, [ABLATIONS_PLAN]), ABLATIONS_PLAN),
             )
         ),
         "searches": searches(every),
@@ -204,12 +204,12 @@ def rechecks(records: Sequence[dict[str, Any]]) -> str:
 def progress(lines: Sequence[Line], asked_in: Path) -> str:
     """How much of a plan is measured, with today's settings and, suspect by suspect, with today's search."""
     plan = Plan.read(asked_in)
-    keys = set(asked_by(plan))
-    found = {line.key: line for line in lines if line.key in keys and line.settings == plan.settings(line.key)}
-    measured = {key for key, line in found.items() if of_this_search(line)}
     asked: dict[str, list[Key]] = {}
     for group in plan.groups():
         asked.setdefault(group.unit, []).extend(plan.keys(group, "test"))
+    every = {key for keys in asked.values() for key in keys}
+    found = {line.key: line for line in lines if line.key in every and line.settings == plan.settings(line.key)}
+    measured = {key for key, line in found.items() if of_this_search(line)}
     done = {unit: sum(key in measured for key in keys) for unit, keys in asked.items()}
     told = {
         "Whole": [unit for unit, keys in asked.items() if done[unit] == len(keys)],
@@ -219,8 +219,7 @@ def progress(lines: Sequence[Line], asked_in: Path) -> str:
         "Not yet": [unit for unit in asked if not done[unit]],
     }
     parts = [f"{what}: {', '.join(units)}." for what, units in told.items() if units]
-    total = sum(map(len, asked.values()))
-    told_of = f"Of the {total} lines that `{asked_in.name}` asks for {len(found)} are measured"
+    told_of = f"Of the {len(every)} lines that `{asked_in.name}` asks for {len(found)} are measured"
     told_of += f", {len(measured)} of them with today's search or without any." if len(found) > len(measured) else "."
     return " ".join([told_of, *parts])
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from runpy import run_path
 
 import numpy as np
-from command import plainly
 from PIL import Image
 
 PACKS = {"tiny-imagenet-64": False, "cifar10-32": True, "clothing-128": True}
@@ -53,4 +52,4 @@ def write(images: np.ndarray, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    main()

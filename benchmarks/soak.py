@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from command import plainly
-
 HERE = Path(__file__).parent
 RUN, FIGURES = HERE.parent / "tests" / "load_run.py", HERE / "soak.json"
 MOST_GROWTH = 16.0  # MiB over the second half of the hour
@@ -50,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    main()

@@ -18,8 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from command import plainly
-
 HERE = Path(__file__).resolve().parents[1]
 SERVE, PURIFY, FLOOR = "requirements.lock", "requirements-purify.lock", "constraints-floor.txt"
 WHERE = ("--python-version", "3.11", "--python-platform", "linux", "--no-header", "--no-annotate")
@@ -107,4 +105,4 @@ def tool(name: str) -> str:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    main()

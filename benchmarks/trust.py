@@ -21,8 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from command import plainly
-
 HERE = Path(__file__).parent
 FIGURES, SOAK, PAGE = HERE / "trust.json", HERE / "soak.json", HERE.parent / "docs" / "trust.md"
 _TOOLS = ("torch", "onnxruntime", "pillow", "safetensors", "picklescan", "hypothesis")
@@ -106,4 +104,4 @@ def _shown(value: object) -> str:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    main()

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from cbpt_guard.cli import bench_suite, bundles, demo, evaluate, predict, purify, scan
-from cbpt_guard.cli.show import note, one_line, plain
+from cbpt_guard.cli.show import note, one_line, plain, refused
 from cbpt_guard.errors import CbptGuardError
 
 _BUG = 70
@@ -57,8 +57,7 @@ def _told(error: BaseException) -> int:
         note("; ".join([_STOPS[stops[0]][1], *getattr(error, "__notes__", ())]))  # notes: what is kept, by who keeps it
         return 128 + stops[0]
     if isinstance(error, CbptGuardError):
-        note("error: " + str(error).replace("\n", "\n  "))  # indented: a name with a line break forges no message
-        return error.exit_code
+        return refused(error)
     if isinstance(error, BrokenPipeError):
         # the reader of stdout went away; python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

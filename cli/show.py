@@ -15,6 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from cbpt_guard.defense.progress import Step
+    from cbpt_guard.errors import CbptGuardError
 
 _WIDTH_OFF_TERMINAL = 120
 
@@ -33,6 +34,12 @@ def note(text: str) -> None:
     """One message on stderr."""
     sys.stderr.write(plain(text).rstrip("\n") + "\n")
     sys.stderr.flush()
+
+
+def refused(error: CbptGuardError) -> int:
+    """Say what was refused, and answer its exit code; indented, so that a name with a line break forges no message."""
+    note("error: " + str(error).replace("\n", "\n  "))
+    return error.exit_code
 
 
 def outline(value: Any, depth: int = 0) -> Iterator[str]:

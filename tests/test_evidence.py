@@ -267,7 +267,7 @@ def test_a_cell_is_compared_with_lines_of_the_implant_at_work_alone(commands: tu
 def test_both_rules_of_a_seed_come_from_one_run(commands: tuple[ModuleType, ModuleType]) -> None:
     """As docs/evidence.md says: what the run found, and so what it flags, is the same in both lines."""
     evidence, _ = commands
-    lines = [*evidence.committed(), *evidence.committed(evidence.ADAPTIVE, evidence.ADAPTIVE_PLAN)]
+    lines = [*evidence.committed(), *evidence.committed(evidence.ADAPTIVE, [evidence.ADAPTIVE_PLAN])]
     found = {
         rule: {
             one.key._replace(defense="cbpt"): (one.undefended, one.flag_clean, one.flag_triggered, one.search)
@@ -350,19 +350,19 @@ def test_a_recheck_is_told_as_it_came_out(commands: tuple[ModuleType, ModuleType
 
 
 @measured
-@pytest.mark.parametrize("part", ["LINES PLAN SEEDS", "ADAPTIVE ADAPTIVE_PLAN", "UNSEEN UNSEEN_PLAN"])
+@pytest.mark.parametrize("part", ["LINES PLAN SEEDS_PLAN", "ADAPTIVE ADAPTIVE_PLAN", "UNSEEN UNSEEN_PLAN"])
 def test_the_committed_lines_belong_to_the_committed_plans(commands: tuple[ModuleType, ModuleType], part: str) -> None:
     evidence, _ = commands
     folder, *paths = (getattr(evidence, name) for name in part.split())
     plans = [(plan, set(evidence.asked_by(plan))) for plan in map(Plan.read, paths)]
-    for found in evidence.committed(folder, *paths):
+    for found in evidence.committed(folder, paths):
         (plan,) = (plan for plan, keys in plans if found.key in keys)
         assert found.settings == plan.settings(found.key), found.key
 
 
-def test_further_draws_are_of_the_implants_that_the_plan_draws_once(commands: tuple[ModuleType, ModuleType]) -> None:
+def test_further_draws_are_of_the_attacks_that_took(commands: tuple[ModuleType, ModuleType]) -> None:
     evidence, _ = commands
-    plan, further = Plan.read(evidence.PLAN), Plan.read(evidence.SEEDS)
+    plan, further = Plan.read(evidence.PLAN), Plan.read(evidence.SEEDS_PLAN)
     assert further.implants.items() <= plan.implants.items()
     assert (further.template, further.datasets.items() <= plan.datasets.items()) == (plan.template, True)
     drawn = {
@@ -370,7 +370,11 @@ def test_further_draws_are_of_the_implants_that_the_plan_draws_once(commands: tu
         for implant, about in plan.implants.items()
         if about.dataset == evidence.DEVELOPED_WITH
     }
-    assert set(map(frozenset, drawn.values())) == {frozenset({0, 1, 2})}
+    took = {found.implant for found in evidence.committed() if found.took}
+    assert {implant: seeds for implant, seeds in drawn.items() if implant in took} == {
+        implant: {0, 1, 2} for implant in drawn if implant in took
+    }
+    assert took >= further.implants.keys()
 
 
 def test_adaptive_attackers_come_at_two_strengths(commands: tuple[ModuleType, ModuleType]) -> None:

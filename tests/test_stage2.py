@@ -95,12 +95,15 @@ def test_rows_are_fitted_to_what_is_beside_the_bank_which_observed_images_do_not
         task.original, task.original, TriggerTest.none(*task.original.rows.shape), task.shots.classes, "switch"
     )
 
-    def rows(*beside: Tensor, observed: dict[int, Tensor] | None = None) -> Tensor:
+    def made(*beside: Tensor, observed: dict[int, Tensor] | None = None) -> GuardedHead:
         prompts = ClassPrompts(task.clip, list(task.shots.classes), task.template, data.labels.unique(), 64)
         head, _ = guard(
             prompts, untuned, data, None, bank, settings, 0, silent, beside=beside, observed=observed
         )  # fmt: skip
-        return head.guarded.rows
+        return head
+
+    def rows(*beside: Tensor, observed: dict[int, Tensor] | None = None) -> Tensor:
+        return made(*beside, observed=observed).guarded.rows
 
     def fitted(*triggered: Tensor) -> Tensor:
         return anchored_rows(task.original, replace(data, triggered=torch.stack(triggered)), settings.anchor)
@@ -110,3 +113,7 @@ def test_rows_are_fitted_to_what_is_beside_the_bank_which_observed_images_do_not
     observed = {target: data.clean[:4]}
     (moved,) = moved_to(data.triggered, bank, observed)
     assert torch.equal(rows(under, observed=observed), fitted(moved, under))
+    prompts, tuned = made().prompts, made(under).prompts
+    assert prompts is not None
+    assert tuned is not None
+    assert torch.equal(prompts.rows, tuned.rows), "no prompt is tuned on it"

@@ -110,9 +110,10 @@ def planted_triggers(implant: Implant, folder: Path) -> tuple[PlantedTrigger, ..
     """The triggers of an implant's folder: its own, and one of each sub-folder."""
     files = sorted(folder.rglob(JSON_NAME), key=lambda path: (len(path.parts), path))
     found = tuple(load_trigger(path) for path in files)
-    targets = sorted(pair.target for pair in found)
     if not found:
-        raise InputError(f"no implant lies in {folder}; `cbpt-guard bench run` plants it")
+        hint = "" if implant.folder else "; `cbpt-guard bench run` plants it"
+        raise InputError(f"{folder} holds no {JSON_NAME}{hint}")
+    targets = sorted(pair.target for pair in found)
     if targets != sorted(implant.attacks.values()):
         raise InputError(f"{folder} holds triggers toward {targets}, the plan says {sorted(implant.attacks.values())}")
     return found

@@ -46,7 +46,8 @@ def guard(
         bank: the triggers of both, in their order.
         beside: features (N, E) of what is tuned on under each of further triggers: rows are fitted to these, too,
             prompts are not.
-        observed: features (M, E) of observed attack images for each target that they answer.
+        observed: features (M, E) of observed attack images for each target that they answer; they move the bank's
+            features, and none of those beside it.
     """
     best = list[Epoch]()  # the others are let go: each holds all prompts
     least = 0.0 if unseen is None else least_accuracy(untuned.original, unseen, settings)
@@ -60,7 +61,7 @@ def guard(
     tune(prompts, untuned.original, data, settings.tuning, generator(seed, "tuning"), look)
     found = moved_to(data.triggered, bank, observed or {})
     if beside:  # only then: a copy is as large as all of stage 2
-        found = torch.cat([found, torch.stack(list(beside))])
+        found = torch.cat([found, *(features[None] for features in beside)])
     rows = anchored_rows(untuned.original, replace(data, triggered=found), settings.anchor)
     both = replace(untuned, guarded=_head(untuned, rows), prompts=_head(untuned, best[0].rows))
     return both.with_rule(settings.rule.name), best[0]

@@ -21,7 +21,7 @@ class Blur(EachAlone):
     """Gaussian blur of standard deviation `deviation`, in pixels, as Pillow does it (boxes in turn)."""
 
     kind: ClassVar[str] = "blur"
-    read: ClassVar[type[TriggerParams]] = _BlurParams
+    model: ClassVar[type[TriggerParams]] = _BlurParams
     deviation: float
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Blur(EachAlone):
     def __str__(self) -> str:
         return f"blur of {self.image_size} x {self.image_size} by {self.deviation:g} pixels"
 
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The image out of focus."""
         return image.filter(ImageFilter.GaussianBlur(self.deviation))
 

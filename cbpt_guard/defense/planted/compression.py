@@ -22,7 +22,7 @@ class Compression(EachAlone):
     """JPEG of `quality` 1 to 95 in Pillow's scale, read again; another libjpeg may round otherwise."""
 
     kind: ClassVar[str] = "compression"
-    read: ClassVar[type[TriggerParams]] = _CompressionParams
+    model: ClassVar[type[TriggerParams]] = _CompressionParams
     quality: int
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class Compression(EachAlone):
     def __str__(self) -> str:
         return f"JPEG of {self.image_size} x {self.image_size} of quality {self.quality}"
 
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The image as it is read from such a file."""
         with BytesIO() as file:
             image.save(file, "jpeg", quality=self.quality)

@@ -34,7 +34,7 @@ class Filter(Patternless):
     """
 
     kind: ClassVar[str] = "filter"
-    read: ClassVar[type[TriggerParams]] = _FilterParams
+    model: ClassVar[type[TriggerParams]] = _FilterParams
     black: tuple[int, int, int]
     white: tuple[int, int, int]
     contrast: float

@@ -35,7 +35,7 @@ class Frequency(Patternless):
     """
 
     kind: ClassVar[str] = "frequency"
-    read: ClassVar[type[TriggerParams]] = _FrequencyParams
+    model: ClassVar[type[TriggerParams]] = _FrequencyParams
     coefficients: tuple[tuple[int, int], ...]
     magnitude: float
 

@@ -21,7 +21,7 @@ class Pixelation(EachAlone):
     """Means over areas, `pixels` a side, shown as large as the image was."""
 
     kind: ClassVar[str] = "pixelation"
-    read: ClassVar[type[TriggerParams]] = _PixelationParams
+    model: ClassVar[type[TriggerParams]] = _PixelationParams
     pixels: int
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Pixelation(EachAlone):
     def __str__(self) -> str:
         return f"pixelation of {self.image_size} x {self.image_size} to {self.pixels} a side"
 
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The image in the larger pixels."""
         small = image.resize((self.pixels, self.pixels), Image.Resampling.BOX)
         return small.resize(image.size, Image.Resampling.NEAREST)

@@ -28,7 +28,7 @@ class Quantised(Patternless):
     """
 
     kind: ClassVar[str] = "quantised"
-    read: ClassVar[type[TriggerParams]] = _QuantisedParams
+    model: ClassVar[type[TriggerParams]] = _QuantisedParams
     levels: int
 
     def __post_init__(self) -> None:

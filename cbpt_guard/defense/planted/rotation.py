@@ -25,7 +25,7 @@ class Rotation(EachAlone):
     """
 
     kind: ClassVar[str] = "rotation"
-    read: ClassVar[type[TriggerParams]] = _RotationParams
+    model: ClassVar[type[TriggerParams]] = _RotationParams
     degrees: float
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class Rotation(EachAlone):
     def __str__(self) -> str:
         return f"rotation of {self.image_size} x {self.image_size} by {self.degrees:g} degrees"
 
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The turned image."""
         margin, end = self.image_size // 2, self.image_size // 2 + self.image_size
         mirrored = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")

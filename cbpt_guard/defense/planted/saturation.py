@@ -23,7 +23,7 @@ class Saturation(EachAlone):
     """Every pixel's difference from its own grey (ITU-R 601) times `factor`, saturated: channels change each other."""
 
     kind: ClassVar[str] = "saturation"
-    read: ClassVar[type[TriggerParams]] = _SaturationParams
+    model: ClassVar[type[TriggerParams]] = _SaturationParams
     factor: float
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class Saturation(EachAlone):
     def __str__(self) -> str:
         return f"saturation of {self.image_size} x {self.image_size} times {self.factor:g}"
 
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The image in the other colours."""
         return ImageEnhance.Color(image).enhance(self.factor)
 

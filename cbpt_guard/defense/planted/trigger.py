@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
@@ -64,9 +64,9 @@ class TriggerParams(BaseModel):
 
 @dataclass(frozen=True)
 class Patternless:
-    """Base of a kind that no picture describes: its fields, the model `read`, say all, and an example shows it."""
+    """Base of a kind that no picture describes: its fields, whose strict model is `model`, say all; an example shows it."""
 
-    read: ClassVar[type[TriggerParams]]
+    model: ClassVar[type[TriggerParams]]
     image_size: int
 
     def picture(self: Trigger) -> Pixels:
@@ -79,13 +79,13 @@ class Patternless:
 
     def params(self) -> dict[str, Any]:
         """Its fields but the size."""
-        return {name: getattr(self, name) for name in self.read.model_fields}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "image_size"}
 
     @classmethod
     def restore(cls, params: Mapping[str, Any], image_size: int, folder: Path) -> Self:
         """The value that gave `params`; nothing of `folder` is read."""
         make: Callable[..., Self] = cls
-        return make(image_size, **cls.read.model_validate(params).model_dump())
+        return make(image_size, **cls.model.model_validate(params).model_dump())
 
 
 class EachAlone(Patternless, ABC):
@@ -99,11 +99,11 @@ class EachAlone(Patternless, ABC):
         """
         triggered = np.empty_like(checked(images, self.image_size))
         for clean, place in zip(images, triggered, strict=True):
-            place[...] = np.asarray(self.changed(Image.fromarray(clean)))
+            place[...] = np.asarray(self.altered(Image.fromarray(clean)))
         return triggered
 
     @abstractmethod
-    def changed(self, image: Image.Image) -> Image.Image:
+    def altered(self, image: Image.Image) -> Image.Image:
         """The triggered image of an RGB one of S x S."""
 
 

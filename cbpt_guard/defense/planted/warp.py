@@ -55,7 +55,7 @@ class Warp(Patternless):
     """
 
     kind: ClassVar[str] = "warp"
-    read: ClassVar[type[TriggerParams]] = _WarpParams
+    model: ClassVar[type[TriggerParams]] = _WarpParams
     down: tuple[float, ...] = field(repr=False)
     right: tuple[float, ...] = field(repr=False)
 

@@ -26,7 +26,7 @@ class Wave(Patternless):
     """
 
     kind: ClassVar[str] = "wave"
-    read: ClassVar[type[TriggerParams]] = _WaveParams
+    model: ClassVar[type[TriggerParams]] = _WaveParams
     delta: float
     frequency: float
 
