@@ -64,7 +64,7 @@ class TriggerParams(BaseModel):
 
 @dataclass(frozen=True)
 class Patternless:
-    """Base of a kind that no picture describes: its fields, whose strict model is `model`, say all; an example shows it."""
+    """Base of a kind that no picture describes: its fields, read by the strict `model`, say all; an example shows."""
 
     model: ClassVar[type[TriggerParams]]
     image_size: int
