@@ -22,7 +22,8 @@ from started import without_rights
 
 from cbpt_guard import GuardedClassifier, __version__
 from cbpt_guard.bundle import open_bundle
-from cbpt_guard.errors import CheckError
+from cbpt_guard.cli.show import refused
+from cbpt_guard.errors import CheckError, UnsafeError
 
 COMMANDS = ("scan", "purify", "export", "verify", "inspect", "predict", "evaluate", "demo")
 EVIL = "\x1b[31mred\x1b[0m\r\n[bold]\x9b2J\u202e"
@@ -476,3 +477,8 @@ def test_nothing_heavy_is_imported_for_help(folder: Path) -> None:
     assert result.stdout == "set()\n"
     assert script("--version", cwd=folder).stdout == f"{__version__}\n"
     assert sys.executable.startswith(str(SCRIPT.parent))
+
+
+def test_a_name_with_a_line_break_forges_no_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(UnsafeError("a\nerror: b")) == 3
+    assert capsys.readouterr().err == "error: a\n  error: b\n"
