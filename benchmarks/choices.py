@@ -17,8 +17,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from command import append, implant_parsers, plainly, read, stamp
-from inversion import SHOTS, cosine, undrawn
+from inversion import IMAGES, cosine
 from pages import rewrite
+from runs import SHOTS, undrawn
 
 from cbpt_guard.bench.digits import CHECKPOINT
 from cbpt_guard.bench.plan import Places, Plan
@@ -114,7 +115,8 @@ def measure(plan: Plan, name: str, places: Places) -> Iterator[dict[str, Any]]:
     drawn = everything.drawn(SHOTS, SEED)
     clip = open_suspect(folder / CHECKPOINT, ModelFlags(), drawn, plan.template, "cpu").clip
     head = zero_shot_head(clip, everything.classes, plan.template)
-    data, counted = (load_images(listing, clip.preprocess) for listing in (drawn, undrawn(everything, drawn)))
+    left = undrawn(everything, drawn, max(1, IMAGES // len(everything.classes)))
+    data, counted = (load_images(listing, clip.preprocess) for listing in (drawn, left))
     clean = CleanSet(data.images, encode(clip, data.images), data.labels)
     target = everything.classes.index(planted.target)
     true = encode(clip, torch.from_numpy(planted.trigger.apply(counted.images.numpy())))

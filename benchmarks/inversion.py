@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,12 @@ from cbpt_guard.bench.table import joined
 from cbpt_guard.metrics import attack_success_rate
 
 if TYPE_CHECKING:  # the table alone needs no torch
+    from runs import PlantedRun
     from torch import Tensor
-
-    from cbpt_guard.defense.data import Listing
 
 HERE = Path(__file__).parent
 LINES, METHOD = HERE / "inversion.jsonl", HERE.parent / "docs" / "method.md"
-IMAGES, SHOTS = 512, 16
+IMAGES = 512
 Lines = list[dict[str, Any]]
 
 
@@ -48,52 +46,39 @@ def main() -> None:
 
 def measure(plan_file: Path, roots: list[Path], work: Path) -> Iterator[dict[str, Any]]:
     """A line for each planted target of each run that lies in the work folder."""
-    from cbpt_guard.bench.cell import cells_folder
-    from cbpt_guard.bench.digits import CHECKPOINT
-    from cbpt_guard.bench.plan import Places, Plan
-    from cbpt_guard.bench.suspects import checkpoint_sha256, implant_folder, planted_triggers
-    from cbpt_guard.defense.calibration import SEARCH
+    from runs import planted_runs  # here, as torch: the table alone needs neither
 
-    plan, places = Plan.read(plan_file), Places(tuple(roots), work)
-    for name, implant in plan.implants.items():
-        folder = implant_folder(plan, name, places)
-        if not (folder / CHECKPOINT).exists():
-            continue
-        cells = cells_folder(work, folder.name, checkpoint_sha256(folder))
-        for run in sorted(cells.glob(f"seed*-shots{SHOTS}/purified-{SEARCH}")):
-            clean = places.find(plan.datasets[implant.dataset].clean)
-            yield from compared(name, run, folder / CHECKPOINT, planted_triggers(implant, folder), clean)
+    for one in planted_runs(plan_file, roots, work):
+        yield from compared(one)
 
 
-def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...], clean: Path) -> Lines:
+def compared(one: PlantedRun) -> Lines:
     """A line for each planted target, with all that was found toward it."""
     import torch
+    from runs import undrawn
 
-    from cbpt_guard.defense.data import list_images, load_images
+    from cbpt_guard.defense.data import load_images
     from cbpt_guard.defense.found import encode
-    from cbpt_guard.defense.run import PurifyRun
-    from cbpt_guard.defense.suspect import ModelFlags, open_suspect
 
-    run, everything = PurifyRun.open(run_folder), list_images(clean)
-    listing = undrawn(everything, everything.drawn(SHOTS, run.record.seed))
-    clip = open_suspect(suspect, ModelFlags(), listing, run.record.template, "cpu").clip
+    run, clip = one.run, one.clip()
+    listing = undrawn(one.everything, one.drawn, max(1, IMAGES // len(one.everything.classes)))
     data, head = load_images(listing, clip.preprocess), run.head().original
     untouched = encode(clip, data.images)
     ranks = [candidate.label for candidate in run.record.candidates]
     found: Lines = []
-    for pair in planted:
-        target = everything.classes.index(pair.target)
+    for pair in one.planted:
+        target = one.everything.classes.index(pair.target)
         true = encode(clip, torch.from_numpy(pair.trigger.apply(data.images.numpy())))
-        toward = [one for one in run.bank() if one.target == target]
-        under = [(one.family, encode(clip, data.images, one)) for one in toward]
+        toward = [trigger for trigger in run.bank() if trigger.target == target]
+        under = [(trigger.family, encode(clip, data.images, trigger)) for trigger in toward]
         found.append(
             {
-                "implant": name,
+                "implant": one.implant,
                 "seed": run.record.seed,
                 "target": pair.target,
                 "search": run.record.search,
                 "rank": ranks.index(pair.target) + 1 if pair.target in ranks else None,
-                "stands_out": any(one.label == pair.target and one.stands_out for one in run.record.candidates),
+                "stands_out": any(seen.label == pair.target and seen.stands_out for seen in run.record.candidates),
                 "clean": cosine(untouched, true),
                 "found": [
                     {
@@ -108,14 +93,6 @@ def compared(name: str, run_folder: Path, suspect: Path, planted: tuple[Any, ...
             }
         )
     return found
-
-
-def undrawn(everything: Listing, drawn: Listing) -> Listing:
-    """About `IMAGES` in all: of each class the files that sort last and were not drawn."""
-    taken = {path.resolve() for files in drawn.files for path in files}
-    each = max(1, IMAGES // len(everything.classes))
-    left = ([path for path in files if path.resolve() not in taken] for files in everything.files)
-    return replace(everything, files=tuple(tuple(files[-each:]) for files in left))
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
