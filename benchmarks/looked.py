@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from command import append, implant_parsers, read
-from inversion import SHOTS
 from pages import rewrite
+from runs import SHOTS
 
 from cbpt_guard.bench.digits import CHECKPOINT
 from cbpt_guard.bench.plan import Places, Plan
