@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    load = run_path(str(args.shared / "tools" / "packs.py"))["load"]
+    unpacking = args.shared / "tools" / "packs.py"
+    if not unpacking.is_file():
+        parser.error(f"{unpacking} is missing: --shared is the folder that holds it, beside data/")
+    load = run_path(str(unpacking))["load"]
     for pack, dealt in PACKS.items():
         for split in ("train", "test") if dealt else ("train", "clean", "test"):
             images, labels, classes, _ = load(args.shared / "data" / f"{pack}.npz", split)

@@ -250,3 +250,12 @@ def test_what_a_command_refuses_it_says_in_a_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert line.startswith(f"error: {tmp_path}")
     assert line.endswith("holds no trigger.json; `cbpt-guard bench run` plants it")
+
+
+def test_every_command_that_the_tool_may_refuse_says_so_in_a_line() -> None:
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in BENCHMARKS.glob("*.py")}
+    ours = ("from cbpt_guard", "from command import")
+    own = {name: text for name, text in scripts.items() if "__main__" in text and any(one in text for one in ours)}
+    assert len(own) > 10
+    ending = 'if __name__ == "__main__":\n    plainly(main)\n'
+    assert [name for name, text in own.items() if not text.endswith(ending)] == []
