@@ -41,7 +41,7 @@ LINES, PAGE = HERE / "halves.jsonl", HERE.parent / "docs" / "evidence.md"
 EACH = 8
 """Images of each class but the targets'."""
 APART = 0.01
-"""Of a share: sums round otherwise with other threads, L-BFGS ends elsewhere by little, answers may be near ties."""
+"""Of a share: L-BFGS stops short of the minimum and many answers are near ties, so a run is met nearly, not exactly."""
 Lines = list[dict[str, Any]]
 
 
