@@ -50,8 +50,11 @@ def planted(
     return runs.PlantedRun("digits", run, suspect, (pair,), data)
 
 
-def test_the_standing_setting_is_the_runs_own(commands: tuple[ModuleType, ModuleType], planted: Any) -> None:
+def test_the_standing_setting_is_the_runs_own(
+    commands: tuple[ModuleType, ModuleType], planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     halves, _ = commands
+    monkeypatch.setattr(halves, "GRID", tuple(one for one in halves.GRID if one[1:] in halves.ROWS[:2]))  # time
     line = halves.measured(planted)
     seen = halves.counted(planted, planted.clip())
     head = planted.run.head()
@@ -81,6 +84,7 @@ def test_a_run_that_leaves_otherwise_is_refused(
     commands: tuple[ModuleType, ModuleType], planted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves, _ = commands
+    monkeypatch.setattr(halves, "GRID", halves.GRID[:1])
     head: GuardedHead = planted.run.head()
     off = replace(head, test=TriggerTest.none(*head.original.rows.shape))
     monkeypatch.setattr(PurifyRun, "head", lambda _: off)
